@@ -1,0 +1,28 @@
+"""The notes' tables, transcribed: one CSV a table, named after the note it is from.
+
+Perplexity is per token of GPT-2's BPE; accuracy and effective rank are in percent, as printed.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pandas as pd
+
+
+def tables() -> list[str]:
+    """Names of the tables that are there."""
+    names = (entry.name for entry in files(__name__).iterdir())
+    return sorted(name.removesuffix(".csv") for name in names if name.endswith(".csv"))
+
+
+def table(name: str) -> pd.DataFrame:
+    """One published table.
+
+    Raises:
+        KeyError: no table of that name.
+    """
+    if name not in tables():
+        raise KeyError(f"name: got {name!r}; accepted: one of {', '.join(tables())}")
+    with files(__name__).joinpath(f"{name}.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, comment="#")

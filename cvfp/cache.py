@@ -1,0 +1,60 @@
+"""Where state lives and how it gets there: CVFP_HOME, content keys, files that appear whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def home() -> Path:
+    """The folder for all state: `CVFP_HOME`, or the user's cache folder."""
+    return Path(os.environ.get("CVFP_HOME") or platformdirs.user_cache_dir("cvfp")).expanduser()
+
+
+def digest(*parts: object) -> str:
+    """A key for content: 20 hex digits of the SHA-256 of bytes, tensors and JSON-able values."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        elif isinstance(part, bytes):
+            data = part
+        else:
+            data = json.dumps(part, sort_keys=True).encode()
+        # The length keeps ("ab", "c") and ("a", "bc") apart.
+        sha.update(len(data).to_bytes(8, "big") + data)
+    return sha.hexdigest()[:20]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def tensors(
+    kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors kept under `kind` and `key`, made by `make` and kept if they are not there."""
+    path = home() / kind / f"{key}.safetensors"
+    if not path.exists():
+        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        with whole(path) as temporary:
+            save_file(made, temporary)
+    return load_file(path)

@@ -1,0 +1,178 @@
+"""Embedding tables: fitted, random or pretrained (SPEC §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvfp import cache, seeds
+from cvfp.config import Experiment, ParameterError
+from cvfp.data import Data, Stream, pretrained
+
+RANDOM_STD = 0.02  # GPT-2's
+
+# Chosen on conversations 401-500 of chitchat's fitting set with the table fitted on the first 400
+# (perplexity there 142; without decay 160 after 100 steps, and rising): never on validation.
+FIT_STEPS = 60
+FIT_LEARNING_RATE = 0.05
+FIT_DECAY = 3.0
+FIT_STD = 0.1
+FIT_SEED = 0
+# Logits held at once when fitting: 4 M numbers stay near the cache.
+FIT_LOGITS = 2**22
+
+
+@dataclass(frozen=True)
+class BigramLM:
+    """The language model that a `bigram` table is fitted as: logits LN(W·E[x] + E[x])·Eᵀ + b."""
+
+    table: Tensor  # E, [V, E]
+    weight: Tensor  # W, [E, E]
+    bias: Tensor  # b, [V]
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """LN(W·E[x] + E[x]) for each of `tokens`: [B, E]."""
+        rows = self.table[tokens]
+        return F.layer_norm(F.linear(rows, self.weight) + rows, rows.shape[-1:])
+
+    @torch.no_grad()
+    def nats(self, tokens: Tensor) -> Tensor:
+        """Cross-entropy of tokens 1 … T-1, each given its predecessor: float64 [T-1]."""
+        pieces = []
+        for read, target in zip(tokens[:-1].split(4096), tokens[1:].split(4096), strict=True):
+            logits = F.linear(self.hidden(read), self.table, self.bias)
+            pieces.append(F.cross_entropy(logits, target, reduction="none").double())
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table, and the language model it was fitted as where it was."""
+
+    weight: Tensor  # [V, E] float32, on the CPU
+    bigram: BigramLM | None = None
+
+
+def load(
+    experiment: Experiment,
+    data: Data,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+) -> Table:
+    """The embedding table of an Experiment; a fitted one is cached on disk.
+
+    Raises:
+        ParameterError: a table that cannot be loaded, has another width than `embedding_dim`, or
+            fewer rows than the tokeniser has tokens.
+    """
+    if experiment.embedding == "random":
+        assert experiment.embedding_dim is not None
+        generator = seeds.generator(experiment.seed, "embedding")
+        weight = torch.empty(data.vocab_size, experiment.embedding_dim)
+        return Table(weight.normal_(0.0, RANDOM_STD, generator=generator))
+    if experiment.embedding == "bigram":
+        return _bigram(experiment, data, report)
+    weight = pretrained("embedding", experiment.embedding, _from_transformers)
+    if experiment.embedding_dim not in (None, weight.shape[1]):
+        accepted = f"None, or {weight.shape[1]} with embedding {experiment.embedding!r}"
+        raise ParameterError("embedding_dim", experiment.embedding_dim, accepted)
+    if len(weight) < data.vocab_size:
+        accepted = (
+            f"a table of at least {data.vocab_size} rows, for tokenizer "
+            f"{experiment.tokenizer!r} (this one has {len(weight)})"
+        )
+        raise ParameterError("embedding", experiment.embedding, accepted)
+    return Table(weight)
+
+
+def _from_transformers(name: str, local: bool) -> Tensor:
+    import transformers
+
+    model: Any = transformers.AutoModel.from_pretrained(name, local_files_only=local)
+    return model.get_input_embeddings().weight.detach().float().clone()
+
+
+def _bigram(
+    experiment: Experiment, data: Data, report: Callable[[dict[str, float]], None]
+) -> Table:
+    assert experiment.embedding_dim is not None
+    dim = experiment.embedding_dim
+    settings = [FIT_STEPS, FIT_LEARNING_RATE, FIT_DECAY, FIT_STD, FIT_SEED, torch.__version__]
+    key = cache.digest(settings, data.vocab_size, dim, data.fitting.tokens, data.fitting.starts)
+
+    def make() -> dict[str, Tensor]:
+        return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))
+
+    fitted = BigramLM(**cache.tensors("tables", key, make))
+    return Table(fitted.table, fitted)
+
+
+def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of neighbours within the stream's samples: first [K], second [K], count [K]."""
+    inside = torch.ones(len(stream) - 1, dtype=torch.bool)
+    inside[stream.starts[1:] - 1] = False  # samples do not continue one another
+    pairs = torch.stack([stream.tokens[:-1], stream.tokens[1:]])[:, inside]
+    unique, counts = torch.unique(pairs, dim=1, return_counts=True)
+    return unique[0], unique[1], counts
+
+
+def fit_bigram(
+    fitting: Stream,
+    vocab_size: int,
+    embedding_dim: int,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+) -> BigramLM:
+    """Fit the bigram language model on aggregated counts, full batch, by AdamW."""
+    generator = torch.Generator().manual_seed(FIT_SEED)
+    first, second, counts = bigram_counts(fitting)  # sorted by first
+    share = (counts / counts.sum()).float()
+    contexts, pairs = torch.unique_consecutive(first, return_counts=True)
+    offsets = pairs.cumsum(0) - pairs
+    context_share = F.embedding_bag(torch.arange(len(share)), share[:, None], offsets, mode="sum")[
+        :, 0
+    ]
+    model = BigramLM(
+        torch.empty(vocab_size, embedding_dim).normal_(0, FIT_STD, generator=generator),
+        torch.empty(embedding_dim, embedding_dim).normal_(0, FIT_STD / 10, generator=generator),
+        torch.zeros(vocab_size),  # E has to carry the frequencies: only E is handed on
+    )
+    parameters = [model.table, model.weight, model.bias]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [model.table, model.weight], "weight_decay": FIT_DECAY},
+            {"params": [model.bias], "weight_decay": 0.0},
+        ],
+        lr=FIT_LEARNING_RATE,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, FIT_STEPS)
+    chunk = max(1, FIT_LOGITS // vocab_size)
+    for step in range(1, FIT_STEPS + 1):
+        optimiser.zero_grad(set_to_none=True)
+        # Cross-entropy = Σ_x n(x)·logsumexp(x) − Σ_xy n(x,y)·logit(x,y). The second sum runs over
+        # the pairs seen only: h(x) times the mean of the rows that followed x.
+        hidden = model.hidden(contexts)
+        followers = F.embedding_bag(
+            second, model.table, offsets, mode="sum", per_sample_weights=share
+        )
+        loss = -(hidden * followers).sum() - (share * model.bias[second]).sum()
+        loss.backward(retain_graph=True)
+        # The first sum in slices of contexts, so that any vocabulary fits in memory.
+        loss = loss.detach()
+        leaf = hidden.detach().requires_grad_(True)
+        for piece, weight in zip(leaf.split(chunk), context_share.split(chunk), strict=True):
+            logits = F.linear(piece, model.table, model.bias)
+            part = (weight * torch.logsumexp(logits, dim=1)).sum()
+            part.backward()
+            loss += part.detach()
+        hidden.backward(leaf.grad)
+        optimiser.step()
+        schedule.step()
+        report({"step": float(step), "fit_loss": float(loss)})
+    return BigramLM(*(parameter.detach() for parameter in parameters))

@@ -1,0 +1,294 @@
+"""ContextBlock, TokenBlock and the model that joins them (SPEC §2).
+
+Shapes: B positions in a batch (any leading shape), T a stream's, D context_dim, E embedding_dim,
+n num_input_tokens, V vocabulary, L num_layers. `widths[i]` is the width that ContextBlock layer i
+puts out: D everywhere, or falling to D in the equal-decrease design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cvfp.data import Tokenizer
+
+WEIGHT_STD = 0.1
+BIAS_STD = 0.01
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Published initialisation: weights N(0, 0.1²), biases N(0, 0.01²), LayerNorm the identity.
+
+    Drawn on the CPU in the order of the modules, so that every device starts from the same.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            _draw(part.weight, WEIGHT_STD, generator)
+            _draw(part.bias, BIAS_STD, generator)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif list(part.parameters(recurse=False)):
+            raise TypeError(f"no initialisation for {type(part).__name__}")
+
+
+def _draw(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(drawn)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Products in bfloat16 if `precision` says so; parameters and sums stay float32."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class TokenInputs:
+    """e_t for every position of a stream, without storing it: a normalised table and its rows.
+
+    Args:
+        tokens: int64 [T].
+        table: [V, E], the embedding table; LayerNorm'ed here, without affine.
+        num_input_tokens: n; position t sees tokens t-n+1 … t, oldest first, zeros before the start.
+        history: int64 [n-1], tokens before the stream, where it continues another.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        table: Tensor,
+        num_input_tokens: int,
+        history: Tensor | None = None,
+    ) -> None:
+        self.table = normalised_rows(table)  # [V+1, E], the last row zeros
+        before = num_input_tokens - 1
+        if history is None:
+            history = tokens.new_full((before,), len(table))
+        # [T, n]: a view onto the padded stream, nothing is copied
+        self.rows = torch.cat([history, tokens]).unfold(0, num_input_tokens, 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def dense(self, positions: Tensor | slice = slice(None)) -> Tensor:
+        """e_t at `positions`: [B, n·E]."""
+        return F.embedding(self.rows[positions], self.table).flatten(-2)
+
+
+def normalised_rows(table: Tensor) -> Tensor:
+    """[V, E] -> [V+1, E]: rows LayerNorm'ed without affine, and a row of zeros for "no token"."""
+    return F.pad(F.layer_norm(table, table.shape[-1:]), (0, 0, 0, 1))
+
+
+class ContextBlock(nn.Module):
+    """c <- LayerNorm(c + ReLU(Linear([c ; e]))), L times.
+
+    Args:
+        input_dim: n·E, the width of e.
+        token_input_all_layers: every layer sees e. If False (equal-decrease), only layer 1 does
+            and the width falls linearly from D + n·E to D; where it changes, the residual goes
+            through a Linear.
+
+    The Linear of a layer that sees e has the columns [c ; e]; the product is taken as the sum of
+    its two halves, so that the tokens' share can be computed apart from the recurrence (`share`).
+    """
+
+    def __init__(
+        self, num_layers: int, context_dim: int, input_dim: int, token_input_all_layers: bool
+    ) -> None:
+        super().__init__()
+        self.context_dim, self.input_dim = context_dim, input_dim
+        self.widths = (
+            [context_dim] * num_layers
+            if token_input_all_layers
+            else [
+                context_dim + input_dim - input_dim * i // num_layers
+                for i in range(1, num_layers + 1)
+            ]
+        )
+        reads = [context_dim, *self.widths[:-1]]
+        self.sees_tokens = [token_input_all_layers or i == 0 for i in range(num_layers)]
+        self.linears = nn.ModuleList(
+            nn.Linear(read + input_dim * sees, width)
+            for read, width, sees in zip(reads, self.widths, self.sees_tokens, strict=True)
+        )
+        self.residuals = nn.ModuleList(
+            nn.Identity() if read == width else nn.Linear(read, width)
+            for read, width in zip(reads, self.widths, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
+
+    @property
+    def share_widths(self) -> list[int]:
+        """Width of each layer's token share; 0 where the layer does not see the tokens."""
+        return [w * sees for w, sees in zip(self.widths, self.sees_tokens, strict=True)]
+
+    def token_weight(self) -> Tensor:
+        """The columns of all layers' Linears that multiply e, stacked: [Σ, n·E]."""
+        columns = [
+            linear.weight[:, -self.input_dim :] for linear, _, _, sees in self._layers() if sees
+        ]
+        return torch.cat(columns)
+
+    def _layers(self) -> Iterator[tuple[nn.Linear, nn.Module, nn.LayerNorm, bool]]:
+        linears = cast(Iterable[nn.Linear], self.linears)
+        norms = cast(Iterable[nn.LayerNorm], self.norms)
+        return zip(linears, self.residuals, norms, self.sees_tokens, strict=True)
+
+    def share(self, inputs: Tensor) -> Tensor:
+        """e [B, n·E] -> the tokens' share of every layer's product: [B, Σ share_widths]."""
+        return F.linear(inputs, self.token_weight())
+
+    def step(self, context: Tensor, share: Tensor) -> list[Tensor]:
+        """One application to c [B, D] and the share: each layer's output [B, widths[i]]."""
+        outputs = []
+        shares = iter(share.split([w for w in self.share_widths if w], dim=-1))
+        for linear, residual, norm, sees in self._layers():
+            product = F.linear(context, linear.weight[:, : context.shape[-1]], linear.bias)
+            if sees:
+                product = product + next(shares)
+            context = norm(residual(context) + F.relu(product))
+            outputs.append(context)
+        return outputs
+
+    def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
+        """c [B, D], e [B, n·E] -> all layers' outputs; the last is the new context [B, D]."""
+        return self.step(context, self.share(inputs))
+
+
+class TokenBlock(nn.Module):
+    """h <- LayerNorm(r + ReLU(Linear([c^(i) ; h]))), L times; c^(i) from ContextBlock layer i.
+
+    Layer 1 takes h = e (n·E wide) and puts out E, its residual the current token's part of e.
+    """
+
+    def __init__(self, widths: Sequence[int], embedding_dim: int, input_dim: int) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        reads = [input_dim] + [embedding_dim] * (len(widths) - 1)
+        self.linears = nn.ModuleList(
+            nn.Linear(width + read, embedding_dim)
+            for width, read in zip(widths, reads, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in widths)
+
+    def forward(self, contexts: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        """c^(i) [B, widths[i]] each, e [B, n·E] -> h [B, E]."""
+        hidden, residual = inputs, inputs[..., -self.embedding_dim :]
+        for context, linear, norm in zip(contexts, self.linears, self.norms, strict=True):
+            hidden = norm(residual + F.relu(linear(torch.cat([context, hidden], dim=-1))))
+            residual = hidden
+        return hidden
+
+
+class CVFP(nn.Module):
+    """ContextBlock, TokenBlock, embedding table and head, with a tokeniser for text.
+
+    Phase 1 learns the ContextBlock over the table it is given. If Phase 2 trains the table
+    (`freeze_embedding=False`), the ContextBlock goes on reading the table as it was, or its
+    contexts would no longer be the fixed points that Phase 1 found.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        num_layers: int,
+        context_dim: int,
+        num_input_tokens: int,
+        token_input_all_layers: bool,
+        weight_tying: bool,
+        freeze_embedding: bool,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        vocab_size, embedding_dim = table.shape
+        input_dim = num_input_tokens * embedding_dim
+        self.num_input_tokens = num_input_tokens
+        self.tokenizer = tokenizer
+        self.context_block = ContextBlock(
+            num_layers, context_dim, input_dim, token_input_all_layers
+        )
+        self.token_block = TokenBlock(self.context_block.widths, embedding_dim, input_dim)
+        self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
+        self.context_table: Tensor | None
+        self.register_buffer("context_table", None if freeze_embedding else table.clone())
+        self.head = None if weight_tying else nn.Linear(embedding_dim, vocab_size)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
+        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+
+    def context_inputs(self, tokens: Tensor, history: Tensor | None = None) -> TokenInputs:
+        """What the ContextBlock reads at each position of a stream (int64 [T])."""
+        table = self.embedding if self.context_table is None else self.context_table
+        return TokenInputs(tokens, table.detach(), self.num_input_tokens, history)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters by part; a tied head has none of its own."""
+        return {
+            "context_block": count_parameters(self.context_block),
+            "token_block": count_parameters(self.token_block),
+            "embedding": self.embedding.numel(),
+            "head": 0 if self.head is None else count_parameters(self.head),
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """`prompt` and its continuation; the state is one context vector and n tokens.
+
+        Args:
+            temperature: divides the logits before sampling; 0 takes the likeliest token.
+
+        Raises:
+            ValueError: no tokeniser, a prompt without tokens, or a number out of range.
+        """
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: got None; accepted: a model made with a tokeniser")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}; accepted: at least 1")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: got {temperature}; accepted: 0 or more")
+        tokens = self.tokenizer.encode([prompt]).tokens.tolist()
+        if not tokens:
+            raise ValueError("prompt: got no tokens; accepted: text of at least one token")
+        device = self.embedding.device
+        generator = torch.Generator().manual_seed(seed)
+        window: list[int] = [len(self.embedding)] * self.num_input_tokens
+        table = normalised_rows(self.embedding)
+        context_table = table if self.context_table is None else normalised_rows(self.context_table)
+        context = torch.zeros(self.context_block.context_dim, device=device)
+        for position in range(len(tokens) + max_new_tokens - 1):
+            window = [*window[1:], tokens[position]]
+            rows = torch.tensor(window, device=device)
+            outputs = self.context_block(context, context_table[rows].flatten())
+            context = outputs[-1]
+            if position + 1 < len(tokens):
+                continue
+            logits = self.logits(self.token_block(outputs, table[rows].flatten())).float().cpu()
+            if temperature == 0:
+                tokens.append(int(logits.argmax()))
+            else:
+                weights = torch.softmax(logits / temperature, dim=-1)
+                tokens.append(int(torch.multinomial(weights, 1, generator=generator)))
+        return self.tokenizer.decode(tokens)

@@ -1,0 +1,170 @@
+"""Phase 2: next-token prediction on fixed contexts (SPEC §4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvfp.config import Experiment
+from cvfp.metrics import perplexity
+from cvfp.model import CVFP, TokenInputs, autocast
+
+# Logits held at once when evaluating: 64 M numbers.
+EVALUATION_LOGITS = 2**26
+
+
+@dataclass
+class Evaluation:
+    """Per-token results on a stream of T tokens: position t predicts token t+1."""
+
+    nats: Tensor  # [T-1], float64, cross-entropy of each predicted token
+    correct: Tensor  # [T-1], bool, whether the likeliest token was right
+
+    @property
+    def loss(self) -> float:
+        return float(self.nats.mean())
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.double().mean())
+
+
+@dataclass
+class Phase2:
+    """What Phase 2 leaves; the model holds the weights of the best epoch.
+
+    Attributes:
+        best_epoch: counted from 1, by validation loss.
+        train_loss: mean nats per token while training in the best epoch (weights moving).
+        validation: the best epoch's evaluation.
+        history: one dict per epoch: epoch, train_loss, train_ppl, val_loss, val_ppl, val_acc.
+    """
+
+    best_epoch: int
+    train_loss: float
+    validation: Evaluation
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Positions:
+    """Positions of a stream with all that predicting the next token takes: contexts and tokens.
+
+    Args:
+        contexts: [T, D]; position t reads row t-1, and zeros at t = 0.
+        tokens: int64 [T], on the model's device.
+    """
+
+    def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor) -> None:
+        self.model, self.contexts, self.tokens = model, contexts, tokens
+        self.context_inputs = model.context_inputs(tokens)
+        self.total = len(tokens) - 1  # the last token has no successor
+
+    def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
+        """[B, V] at `positions`; `inputs` are what the TokenBlock reads."""
+        read = self.contexts[(positions - 1).clamp(min=0)] * (positions > 0)[:, None]
+        with torch.no_grad():
+            seen = self.context_inputs.dense(positions)
+            outputs = self.model.context_block(read, seen)
+        e = seen if self.model.context_table is None else inputs.dense(positions)
+        return self.model.logits(self.model.token_block(outputs, e))
+
+    def token_inputs(self) -> TokenInputs:
+        """e_t from the table as it is now; the graph reaches the table if it is being trained."""
+        if self.model.context_table is None:
+            return self.context_inputs
+        return TokenInputs(self.tokens, self.model.embedding, self.model.num_input_tokens)
+
+
+@torch.no_grad()
+def evaluate(model: CVFP, contexts: Tensor, tokens: Tensor) -> Evaluation:
+    """Float32 evaluation of a stream: contexts [T, D], tokens int64 [T], T at least 2."""
+    stream = Positions(model, contexts, tokens)
+    inputs = stream.token_inputs()
+    nats, correct = [], []
+    batch = max(1, EVALUATION_LOGITS // len(model.embedding))
+    for positions in torch.arange(stream.total, device=tokens.device).split(batch):
+        logits = stream.logits(positions, inputs)
+        target = tokens[positions + 1]
+        nats.append(F.cross_entropy(logits, target, reduction="none"))
+        correct.append(logits.argmax(dim=-1) == target)
+    return Evaluation(torch.cat(nats).cpu().double(), torch.cat(correct).cpu())
+
+
+def train(
+    model: CVFP,
+    train_contexts: Tensor,
+    train_tokens: Tensor,
+    validation_contexts: Tensor,
+    validation_tokens: Tensor,
+    experiment: Experiment,
+    generator: torch.Generator,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+    tick: Callable[[int], None] = lambda tokens: None,
+) -> Phase2:
+    """Train TokenBlock, head and table (what of them is trainable) in place; keep the best epoch.
+
+    Args:
+        train_contexts, validation_contexts: [T, D] each, on the model's device.
+        experiment: its `phase2` fields, and the precision of the products.
+        generator: on the CPU; draws the order of the tokens.
+        report: called with each row of the history. tick: called with each batch's tokens.
+
+    Raises:
+        FloatingPointError: the validation loss is not finite.
+    """
+    model.context_block.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.Adam(trained.values(), lr=experiment.phase2_learning_rate, fused=True)
+    stream = Positions(model, train_contexts, train_tokens)
+    device = train_tokens.device
+    best: Phase2 | None = None
+    best_weights: dict[str, Tensor] = {}
+    history: list[dict[str, float]] = []
+    for epoch in range(1, experiment.phase2_epochs + 1):
+        order = (
+            torch.randperm(stream.total, generator=generator)
+            if experiment.phase2_shuffle
+            else torch.arange(stream.total)
+        ).to(device)
+        total = torch.zeros((), device=device)
+        for positions in order.split(experiment.phase2_batch_size):
+            with autocast(experiment.precision, device):
+                logits = stream.logits(positions, stream.token_inputs())
+                loss = F.cross_entropy(logits, train_tokens[positions + 1])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            total += loss.detach() * len(positions)
+            tick(len(positions))
+        validation = evaluate(model, validation_contexts, validation_tokens)
+        train_loss = float(total) / stream.total
+        row = {
+            "epoch": float(epoch),
+            "train_loss": train_loss,
+            "train_ppl": perplexity(train_loss),
+            "val_loss": validation.loss,
+            "val_ppl": perplexity(validation.loss),
+            "val_acc": validation.accuracy,
+        }
+        history.append(row)
+        report(row)
+        if not torch.isfinite(validation.nats).all():
+            raise FloatingPointError(
+                f"Phase 2 is not finite at epoch {epoch}: {row}; "
+                "a smaller phase2_learning_rate would be accepted"
+            )
+        if best is None or validation.loss < best.validation.loss:
+            best = Phase2(epoch, train_loss, validation, history)
+            best_weights = {name: copy.deepcopy(p.detach()) for name, p in trained.items()}
+        elif epoch - best.best_epoch >= experiment.phase2_patience:
+            break
+    assert best is not None
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(best_weights[name])
+    return best

@@ -1,0 +1,101 @@
+"""What a running stage shows: a bar where someone looks on, short lines where nobody does.
+
+A terminal or a live notebook gets a tqdm bar that vanishes when the stage ends. Elsewhere (logs,
+CI) one line is written for every epoch and every tenth iteration. A notebook executed by papermill
+or nbclient stores nothing: its lines go to the terminal that papermill was started from.
+`CVFP_PROGRESS` set to bar, lines or none overrides the choice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+MODES = ("bar", "lines", "none")
+
+
+def mode() -> str:
+    """'bar', 'lines' or 'none'."""
+    chosen = os.environ.get("CVFP_PROGRESS", "auto")
+    if chosen in MODES:
+        return chosen
+    if chosen != "auto":
+        raise ValueError(f"CVFP_PROGRESS: got {chosen!r}; accepted: auto, bar, lines or none")
+    if _in_kernel():
+        return "bar" if _watched_kernel() else "lines"
+    return "bar" if sys.stderr.isatty() else "lines"
+
+
+def _in_kernel() -> bool:
+    return "ipykernel" in sys.modules and hasattr(sys.stderr, "pub_thread")
+
+
+def _watched_kernel() -> bool:
+    """A front end started the kernel: a Jupyter server, Colab or VS Code; not papermill."""
+    return "google.colab" in sys.modules or any(
+        name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD")
+    )
+
+
+def _write(line: str) -> None:
+    if _in_kernel():
+        # The descriptor that stderr had before the kernel began to capture it.
+        descriptor = getattr(sys.stderr, "_original_stdstream_copy", None)
+        if descriptor is not None:
+            os.write(descriptor, (line + "\n").encode())
+        return
+    print(line, file=sys.stderr, flush=True)
+
+
+class Stage:
+    """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`.
+
+    Args:
+        every: in lines, write figures given at every so many calls (and the last one).
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "it", every: int = 1) -> None:
+        self.title, self.total, self.every = title, total, every
+        self.mode = mode()
+        self.calls = 0
+        self.pending: str | None = None
+        self.bar: Any = None
+        if self.mode == "bar":
+            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, leave=False)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
+        """Count `steps`; show `figures` if there are any."""
+        if self.bar is not None:
+            self.bar.update(steps)
+        if not figures:
+            return
+        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        self.calls += 1
+        self.pending = text
+        if self.mode == "lines" and self.calls % self.every == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.mode == "lines" and self.pending is not None:
+            _write(f"{self.title}: {self.pending}")
+        self.pending = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._flush()
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,124 @@
+"""Finished work, found again by content: one file per run, Phase 1 kept apart for its variants.
+
+A key covers everything that makes the numbers and nothing else: the Experiment's fields with
+device and precision resolved, the fingerprints of the data and of the table, the versions of torch
+and of tokenizers, and the code, as an AST without docstrings, so that a comment discards nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cvfp import cache
+from cvfp.config import Experiment
+
+PHASE1_CODE = ("data", "embeddings", "model", "phase1", "seeds")
+RUN_CODE = (*PHASE1_CODE, "contexts", "phase2", "metrics", "baselines", "experiment")
+
+MODEL_BYTES = 50_000_000
+# Phase 1's contexts are large and can be made again: the least recently used go first.
+PHASE1_BYTES = 8_000_000_000
+
+
+def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) -> str:
+    """The key of a run, or of its Phase 1 alone, from a resolved Experiment and fingerprints."""
+    if "auto" in (experiment.device, experiment.precision):
+        raise ValueError("experiment: got unresolved device or precision; accepted: .resolved()")
+    # The data's and the table's fields are in their fingerprints.
+    stages = ("context", "phase1", "run") if phase1 else ("context", "phase1", "phase2", "run")
+    code = code_fingerprint(PHASE1_CODE if phase1 else RUN_CODE)
+    versions = [torch.__version__, tokenizers.__version__]
+    return cache.digest(experiment.to_dict(*stages), data, table, code, versions)
+
+
+@functools.cache
+def code_fingerprint(modules: tuple[str, ...]) -> str:
+    """Digest of the modules' code: comments, docstrings and layout do not count."""
+    trees = []
+    for name in modules:
+        spec = importlib.util.find_spec(f"cvfp.{name}")
+        assert spec is not None
+        assert spec.origin is not None
+        trees.append(normalised(Path(spec.origin).read_text(encoding="utf-8")))
+    return cache.digest(trees)
+
+
+def normalised(source: str) -> str:
+    """The source's AST as text, without docstrings and positions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def read_run(key: str) -> dict[str, Any] | None:
+    """A finished run's record, or None."""
+    path = cache.home() / "runs" / f"{key}.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def write_run(key: str, record: dict[str, Any]) -> None:
+    with cache.whole(cache.home() / "runs" / f"{key}.json") as path:
+        path.write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_model(key: str) -> dict[str, Tensor] | None:
+    """The kept weights of a run, or None."""
+    path = cache.home() / "models" / f"{key}.safetensors"
+    return load_file(path) if path.exists() else None
+
+
+def write_model(key: str, weights: dict[str, Tensor]) -> bool:
+    """Keep the weights if they are small (at most 50 MB); says whether it did."""
+    if sum(tensor.nbytes for tensor in weights.values()) > MODEL_BYTES:
+        return False
+    _save(cache.home() / "models" / f"{key}.safetensors", weights, {})
+    return True
+
+
+def read_phase1(key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A kept Phase 1: its tensors and its record, or None."""
+    path = cache.home() / "phase1" / f"{key}.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        record: dict[str, Any] = json.loads(file.metadata()["record"])
+    os.utime(path)  # used now
+    return load_file(path), record
+
+
+def write_phase1(key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    if sum(tensor.nbytes for tensor in tensors.values()) > PHASE1_BYTES:
+        return
+    path = cache.home() / "phase1" / f"{key}.safetensors"
+    _save(path, tensors, {"record": json.dumps(record, allow_nan=False)})
+    by_age = sorted(path.parent.glob("[!.]*.safetensors"), key=lambda p: p.stat().st_mtime)
+    total = sum(p.stat().st_size for p in by_age)
+    for old in by_age:
+        if total <= PHASE1_BYTES:
+            break
+        total -= old.stat().st_size
+        old.unlink(missing_ok=True)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with cache.whole(path) as temporary:
+        save_file(plain, temporary, metadata=metadata)

@@ -1,0 +1,76 @@
+"""Many Experiments, one after the other or side by side."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import joblib
+import torch
+
+from cvfp import data
+from cvfp.config import Experiment, ParameterError
+from cvfp.experiment import Result, Results, run
+from cvfp.progress import Stage
+
+
+def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> Results:
+    """Run every combination of the grid's values, the last field varying fastest.
+
+    Finished runs come from the store, and every run is stored as it ends, so that an interrupted
+    sweep goes on where it stopped.
+
+    Args:
+        n_jobs: processes; the cores are shared out among them. Times taken with more than one are
+            taken under contention.
+        grid: fields of the Experiment, each with the values to run.
+
+    Raises:
+        ParameterError: an unknown field, a bad value, or a size that exceeds the corpus, for any of
+            the runs, before the first starts.
+    """
+    if n_jobs < 1:
+        raise ParameterError("n_jobs", n_jobs, "an integer of at least 1")
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ParameterError(name, values, "a list of values")
+    combinations = itertools.product(*(list(values) for values in grid.values()))
+    experiments = [
+        experiment.replace(**dict(zip(grid, values, strict=True))).resolved()
+        for values in combinations
+    ]
+    for one in experiments:
+        data.load(one)
+    results = Results()
+    with Stage("Sweep", len(experiments), unit="run", every=1) as stage:
+        if n_jobs == 1:
+            finished: Iterable[Result] = map(_run_one, experiments)
+        else:
+            threads = max(1, torch.get_num_threads() // n_jobs)
+            finished = joblib.Parallel(n_jobs, return_as="generator")(
+                joblib.delayed(_run_apart)(one, threads) for one in experiments
+            )
+        for result in finished:
+            results.append(result)
+            stage.advance(1, _figures(result, grid))
+    return results
+
+
+def _figures(result: Result, grid: Iterable[str]) -> dict[str, float]:
+    values = {name: getattr(result.experiment, name) for name in grid}
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return {**numbers, "val_ppl": result.val_ppl}
+
+
+def _run_one(experiment: Experiment) -> Result:
+    result = run(experiment)
+    result._model = None  # a sweep's models stay in the store
+    return result
+
+
+def _run_apart(experiment: Experiment, threads: int) -> Result:
+    torch.set_num_threads(threads)
+    os.environ["CVFP_PROGRESS"] = "none"
+    return _run_one(experiment)

@@ -1,0 +1,119 @@
+"""Metrics and baselines against independent computations."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cvfp import baselines, metrics
+
+
+def test_effective_rank_equals_an_svd() -> None:
+    contexts = torch.randn(300, 20).double() @ torch.randn(20, 20).double()
+    singular = torch.linalg.svdvals(contexts)
+    shares = singular / singular.sum()
+    wanted = math.exp(float(-(shares * shares.log()).sum()))
+    got = metrics.singular_values(contexts.float())
+    torch.testing.assert_close(got, singular, rtol=1e-5, atol=1e-4)
+    assert metrics.effective_rank(got) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "total"), [(1, 50), (3, 50), (8, 50), (2, 2)])
+def test_effective_rank_of_equal_directions_is_their_number(rank: int, total: int) -> None:
+    directions = torch.linalg.qr(torch.randn(8, 8).double()).Q[:rank]
+    contexts = directions.repeat(math.ceil(total / rank), 1)[: total // rank * rank]
+    assert metrics.effective_rank(metrics.singular_values(contexts)) == pytest.approx(
+        rank, rel=1e-6
+    )
+
+
+def test_effective_rank_is_uncentred_and_zero_for_zeros() -> None:
+    constant = torch.ones(40, 6)
+    assert metrics.effective_rank(metrics.singular_values(constant)) == pytest.approx(1, rel=1e-6)
+    assert metrics.effective_rank(metrics.singular_values(torch.zeros(40, 6))) == 0
+
+
+def test_agreement_by_hand() -> None:
+    reference = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    contexts = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    figures = metrics.agreement(contexts, reference)
+    assert figures["cosine_mean"] == pytest.approx(0.5)
+    assert figures["cosine_min"] == pytest.approx(0.0)
+    assert figures["mse"] == pytest.approx(0.5)
+    assert figures["relative_error_mean"] == pytest.approx(math.sqrt(2) / 2)
+
+
+def test_bits_per_byte() -> None:
+    assert metrics.bits_per_byte(math.log(2) * 10, 5) == pytest.approx(2.0)
+    assert metrics.perplexity(math.log(7)) == pytest.approx(7)
+    assert metrics.perplexity(1e4) == math.inf
+
+
+def streams(vocab: int) -> tuple[list[Tensor], Tensor]:
+    generator = np.random.default_rng(0)
+    weights = 1 / np.arange(1, vocab + 1)
+    draw = lambda size: torch.from_numpy(  # noqa: E731
+        generator.choice(vocab, size, p=weights / weights.sum()).astype(np.int64)
+    )
+    return [draw(400), draw(50)], draw(120)
+
+
+def literal_kneser_ney(parts: list[Tensor], x: int, vocab: int) -> list[float]:
+    """p(· | x) from dictionaries and loops, in the textbook's order."""
+    pairs = Counter((int(a), int(b)) for p in parts for a, b in pairwise(p))
+    before: dict[int, set[int]] = defaultdict(set)
+    after: dict[int, set[int]] = defaultdict(set)
+    for a, b in pairs:
+        before[b].add(a)
+        after[a].add(b)
+
+    def discount(counts: list[int]) -> float:
+        ones, twos = counts.count(1), counts.count(2)
+        return ones / (ones + 2 * twos) if ones and twos else 0.5
+
+    types, different = sum(len(s) for s in before.values()), len(before)
+    low = discount([len(s) for s in before.values()])
+    lower = [
+        max(len(before[y]) - low, 0) / types + low * different / types / vocab for y in range(vocab)
+    ]
+    total = sum(c for (a, _), c in pairs.items() if a == x)
+    if total == 0:
+        return lower
+    d = discount(list(pairs.values()))
+    return [
+        max(pairs[(x, y)] - d, 0) / total + d * len(after[x]) / total * lower[y]
+        for y in range(vocab)
+    ]
+
+
+@pytest.mark.parametrize("vocab", [12, 60])
+def test_kneser_ney_equals_a_literal_one(vocab: int) -> None:
+    parts, target = streams(vocab)
+    nats = baselines.kneser_ney_nats(parts, target, vocab)
+    assert len(nats) == len(target) - 1
+    for i in range(len(target) - 1):
+        distribution = literal_kneser_ney(parts, int(target[i]), vocab)
+        assert sum(distribution) == pytest.approx(1, abs=1e-9)
+        assert nats[i] == pytest.approx(-math.log(distribution[int(target[i + 1])]), abs=1e-9)
+
+
+def test_kneser_ney_sums_to_one_also_after_unseen_tokens() -> None:
+    parts, _ = streams(12)
+    vocab = 15  # 12, 13 and 14 never occur
+    for x in (0, 5, 14):
+        pairs = [torch.tensor([x, y]) for y in range(vocab)]
+        total = sum(math.exp(-baselines.kneser_ney_nats(parts, p, vocab)[0]) for p in pairs)
+        assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_unigram_sums_to_one() -> None:
+    parts, _ = streams(12)
+    pairs = [torch.tensor([0, y]) for y in range(15)]
+    total = sum(math.exp(-baselines.unigram_nats(parts, p, 15)[0]) for p in pairs)
+    assert total == pytest.approx(1, abs=1e-12)

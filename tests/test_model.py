@@ -1,0 +1,125 @@
+"""The blocks against SPEC §2, layer by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvfp.analysis import tables
+from cvfp.model import (
+    CVFP,
+    ContextBlock,
+    TokenBlock,
+    TokenInputs,
+    count_parameters,
+    initialise,
+)
+
+
+def make_block(layers: int, dim: int, inputs: int, every: bool, seed: int = 0) -> ContextBlock:
+    block = ContextBlock(layers, dim, inputs, every)
+    initialise(block, torch.Generator().manual_seed(seed))
+    return block.double()
+
+
+@pytest.mark.parametrize(
+    ("layers", "dim", "context", "token"),
+    [(6, 768, 10_630_656, 7_681_536), (3, 1536, 14_169_600, 5_905_152)],
+)
+def test_published_parameter_counts(layers: int, dim: int, context: int, token: int) -> None:
+    block = ContextBlock(layers, dim, 2 * 768, True)
+    assert count_parameters(block) == context
+    assert count_parameters(TokenBlock(block.widths, 768, 2 * 768)) == token
+
+
+def test_published_counts_table_agrees() -> None:
+    table = tables.published_parameter_counts()
+    assert (table["ContextBlock"] == table["ContextBlock, published"]).all()
+    assert (table["TokenBlock"] == table["TokenBlock, published"]).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_equal_decrease_widths(layers: int, n: int) -> None:
+    dim, inputs = 24, n * 10
+    block = ContextBlock(layers, dim, inputs, False)
+    assert block.widths == [dim + inputs - (inputs * i) // layers for i in range(1, layers + 1)]
+    assert block.widths[-1] == dim
+    assert block.sees_tokens == [True] + [False] * (layers - 1)
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_context_block_is_the_formula(layers: int, every: bool) -> None:
+    block = make_block(layers, 12, 20, every)
+    context, inputs = torch.randn(5, 12).double(), torch.randn(5, 20).double()
+    expected: list[Tensor] = []
+    state = context
+    for i, (linear, residual, norm) in enumerate(
+        zip(block.linears, block.residuals, block.norms, strict=True)
+    ):
+        seen = torch.cat([state, inputs], dim=1) if every or i == 0 else state
+        state = norm(residual(state) + F.relu(F.linear(seen, linear.weight, linear.bias)))
+        expected.append(state)
+    outputs = block(context, inputs)
+    assert [o.shape[1] for o in outputs] == block.widths
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_token_block_is_the_formula(n: int, every: bool) -> None:
+    block = make_block(3, 12, n * 8, every)
+    tokens = TokenBlock(block.widths, 8, n * 8).double()
+    contexts = [torch.randn(4, w).double() for w in block.widths]
+    inputs = torch.randn(4, n * 8).double()
+    hidden = inputs
+    for i, (linear, norm) in enumerate(zip(tokens.linears, tokens.norms, strict=True)):
+        residual = inputs[:, -8:] if i == 0 else hidden
+        hidden = norm(residual + F.relu(linear(torch.cat([contexts[i], hidden], dim=1))))
+    torch.testing.assert_close(tokens(contexts, inputs), hidden, rtol=0, atol=1e-13)
+
+
+def test_every_parameter_is_drawn_as_published() -> None:
+    block = ContextBlock(3, 256, 256, False)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(float("nan"))
+    initialise(block, torch.Generator().manual_seed(1))
+    for part in block.modules():
+        if isinstance(part, nn.Linear):
+            assert abs(float(part.weight.detach().std()) - 0.1) < 0.002
+            assert abs(float(part.weight.detach().mean())) < 0.002
+            assert abs(float(part.bias.detach().std()) - 0.01) < 0.002
+    assert all(torch.isfinite(p).all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_token_inputs_are_the_last_n_normalised_rows(n: int) -> None:
+    table = torch.randn(11, 6) * 3 + 1
+    tokens = torch.randint(0, 11, (9,))
+    inputs = TokenInputs(tokens, table, n)
+    rows = F.layer_norm(table, (6,))
+    for t in range(9):
+        parts = [
+            rows[tokens[t - n + 1 + j]] if t - n + 1 + j >= 0 else torch.zeros(6) for j in range(n)
+        ]
+        torch.testing.assert_close(inputs.dense(torch.tensor([t]))[0], torch.cat(parts))
+    continued = TokenInputs(tokens[4:], table, n, history=tokens[4 - n + 1 : 4])
+    torch.testing.assert_close(continued.dense(), inputs.dense(slice(4, None)))
+
+
+def test_own_head_starts_at_zero_and_tied_head_is_the_table() -> None:
+    table = torch.randn(30, 8)
+    shape = dict(num_layers=2, context_dim=6, num_input_tokens=1, token_input_all_layers=True)
+    own = CVFP(table, **shape, weight_tying=False, freeze_embedding=True)  # type: ignore[arg-type]
+    hidden = torch.randn(3, 8)
+    assert torch.equal(own.logits(hidden), torch.zeros(3, 30))
+    assert own.parameter_counts()["head"] == 30 * 8 + 30
+    tied = CVFP(table, **shape, weight_tying=True, freeze_embedding=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(tied.logits(hidden), hidden @ table.T)
+    assert tied.parameter_counts()["head"] == 0
+    assert not tied.embedding.requires_grad
