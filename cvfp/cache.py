@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
@@ -33,6 +36,28 @@ def digest(*parts: object) -> str:
         # The length keeps ("ab", "c") and ("a", "bc") apart.
         sha.update(len(data).to_bytes(8, "big") + data)
     return sha.hexdigest()[:20]
+
+
+@functools.cache
+def code_fingerprint(*modules: str) -> str:
+    """Digest of the modules' code: comments, docstrings and layout do not count."""
+    trees = []
+    for name in modules:
+        spec = importlib.util.find_spec(f"cvfp.{name}")
+        assert spec is not None
+        assert spec.origin is not None
+        trees.append(normalised(Path(spec.origin).read_text(encoding="utf-8")))
+    return digest(trees)
+
+
+def normalised(source: str) -> str:
+    """The source's AST as text, without docstrings and positions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 @contextmanager

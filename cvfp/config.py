@@ -145,6 +145,11 @@ class Experiment:
         "auto", "run", "'auto': bfloat16 where the hardware multiplies it natively, else float32"
     )
 
+    def __new__(cls, **given: Any) -> Experiment:
+        # The generated __init__ would name an unknown field, but not the known ones.
+        _known(given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         hints = _hints()
         for field in fields(self):
@@ -304,8 +309,9 @@ def ladder(samples: object) -> list[int]:
     Raises:
         ParameterError: not one integer above 50; a law needs two sizes.
     """
-    (cap,) = integers("samples", samples) if not isinstance(samples, (list, tuple)) else [-1]
-    if cap <= 50:
+    given = integers("samples", samples)
+    cap = given[0]
+    if len(given) > 1 or cap <= 50:
         raise ParameterError("samples", samples, "one integer above 50 (a law needs two sizes)")
     sizes = [m * 10**k for k in range(1, len(str(cap)) + 1) for m in (1, 2, 5)]
     return sorted({size for size in sizes if 50 <= size < cap} | {cap})
@@ -340,7 +346,7 @@ def _parse(value: Any, hint: Any) -> Any:
     if int in parts or float in parts:
         try:
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return value
 
@@ -354,7 +360,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise ParameterError(name, value, " or ".join(map(repr, choices)))
         return value
     if float in parts and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ParameterError(name, value, "a number that fits a float") from None
     if any(type(value) is part for part in parts):
         return value
     names = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
@@ -381,4 +390,4 @@ def _in_range(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
     )
     # NaN fails every comparison; with no limit at all it is stopped by value != value.
     if not fits or value != value:
-        raise ParameterError(name, value, "a number " + " and ".join(filter(None, words)))
+        raise ParameterError(name, value, "a finite number " + " and ".join(filter(None, words)))

@@ -45,7 +45,7 @@ def evaluate(
     method: Method = "blocks",
     tol: float = 1e-5,
     initial: Tensor | None = None,
-    max_sweeps: int = 50,
+    max_sweeps: int | None = None,
     block_length: int | None = None,
 ) -> Contexts:
     """Contexts [T, D] from `initial` [D] (zeros). No gradients: use `block` itself for those.
@@ -54,6 +54,8 @@ def evaluate(
         inputs: e_t as [T, n·E], or TokenInputs.
         tol: largest relative change of a start (`blocks`) or context (`jacobi`) that counts as
             none. In units of a context's norm.
+        max_sweeps: None: as many as always suffice, since every sweep makes at least one more
+            block (`blocks`) or token (`jacobi`) final. A block that contracts takes two or three.
         block_length: tokens in a block; None: chosen from T.
 
     Raises:
@@ -122,12 +124,12 @@ def _sequential(source: _Source, start: Tensor) -> Contexts:
     return Contexts(values, [], 1, bool(torch.isfinite(values).all()))
 
 
-def _jacobi(source: _Source, start: Tensor, tol: float, max_sweeps: int) -> Contexts:
+def _jacobi(source: _Source, start: Tensor, tol: float, max_sweeps: int | None) -> Contexts:
     values = source.zeros(source.length)
     residuals: list[dict[str, float]] = []
     converged = False
     chunk = 8192
-    for _ in range(max_sweeps):
+    for _ in range(source.length + 1 if max_sweeps is None else max_sweeps):
         new = torch.empty_like(values)
         for first in range(0, source.length, chunk):
             read = values[max(first - 1, 0) : first + chunk - 1]
@@ -144,7 +146,11 @@ def _jacobi(source: _Source, start: Tensor, tol: float, max_sweeps: int) -> Cont
 
 
 def _blocks(
-    source: _Source, start: Tensor, tol: float, max_sweeps: int, block_length: int | None
+    source: _Source,
+    start: Tensor,
+    tol: float,
+    max_sweeps: int | None,
+    block_length: int | None,
 ) -> Contexts:
     total = source.length
     length = block_length or _block_length(total)
@@ -156,7 +162,7 @@ def _blocks(
     active = torch.arange(count, device=values.device)
     residuals: list[dict[str, float]] = []
     converged = False
-    for _ in range(max_sweeps):
+    for _ in range(count + 1 if max_sweeps is None else max_sweeps):
         context = starts[active]
         last = int(active[-1]) == count - 1
         tail = total - (count - 1) * length  # tokens in the last block

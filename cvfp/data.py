@@ -137,7 +137,7 @@ def load(experiment: Experiment) -> Data:
             raise ParameterError(
                 "samples", experiment.samples, "enough for a tail (10 %) of at least 2 tokens"
             )
-    parts = [stream.tokens for stream in (train, validation, fitting)]
+    parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
     fingerprint = cache.digest(tokenizer.fingerprint, *parts)
     return Data(train, validation, fitting, tokenizer, fingerprint)
 
@@ -147,8 +147,7 @@ def load_corpus(experiment: Experiment) -> Corpus:
     if experiment.dataset == "chitchat":
         return _chitchat(experiment)
     held_out = experiment.validation_samples if experiment.validation == "held_out" else 0
-    fits = experiment.tokenizer == "bpe" or experiment.embedding in FITTED_TABLES
-    fitted = experiment.fitting_samples if fits else 0
+    fitted = experiment.fitting_samples if _fits(experiment) else 0
     own_split = experiment.validation_split is not None and not _is_file(experiment.dataset)
     if own_split:
         validation = _read(experiment, str(experiment.validation_split), held_out)
@@ -175,6 +174,10 @@ def load_corpus(experiment: Experiment) -> Corpus:
     return Corpus(rest[fitted:], validation, rest[:fitted])
 
 
+def _fits(experiment: Experiment) -> bool:
+    return experiment.tokenizer == "bpe" or experiment.embedding in FITTED_TABLES
+
+
 def _enough(parameter: str, wanted: int, found: int, dataset: str) -> None:
     if found < wanted:
         raise ParameterError(parameter, wanted, f"at most {found} with dataset {dataset!r}")
@@ -187,11 +190,14 @@ def _chitchat(experiment: Experiment) -> Corpus:
         ("fitting_samples", CHITCHAT_FITTING),
     ):
         _enough(parameter, getattr(experiment, parameter), most, "chitchat")
-    if experiment.column is not None or experiment.dataset_config is not None:
-        parameter = "column" if experiment.column is not None else "dataset_config"
-        raise ParameterError(parameter, getattr(experiment, parameter), "None with 'chitchat'")
+    for parameter in ("column", "dataset_config", "validation_split", "train_split"):
+        default = "train" if parameter == "train_split" else None
+        if getattr(experiment, parameter) != default:
+            accepted = f"{default!r} with dataset 'chitchat'"
+            raise ParameterError(parameter, getattr(experiment, parameter), accepted)
     version = importlib.metadata.version("chitchat-dataset")
-    texts = _kept_texts(f"chitchat-{version}", _chitchat_texts)
+    code = cache.code_fingerprint("data")
+    texts = _kept_texts(f"chitchat-{version}-{code}", _chitchat_texts)
     first = CHITCHAT_HELD_OUT + CHITCHAT_FITTING
     _enough("samples", experiment.samples, len(texts) - first, "chitchat")
     return Corpus(
@@ -199,7 +205,9 @@ def _chitchat(experiment: Experiment) -> Corpus:
         validation=texts[: experiment.validation_samples]
         if experiment.validation == "held_out"
         else [],
-        fitting=texts[CHITCHAT_HELD_OUT:][: experiment.fitting_samples],
+        fitting=texts[CHITCHAT_HELD_OUT:][: experiment.fitting_samples]
+        if _fits(experiment)
+        else [],
     )
 
 
@@ -388,7 +396,7 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     Raises:
         ParameterError: the texts hold too few pairs for `vocab_size` entries.
     """
-    key = cache.digest(tokenizers.__version__, vocab_size, texts)
+    key = cache.digest(cache.code_fingerprint("data"), tokenizers.__version__, vocab_size, texts)
     path = cache.home() / "tokenizers" / f"{key}.json"
     if not path.exists():
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -413,7 +421,8 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> 
         stream = tokenizer.encode(texts)
         return {"tokens": stream.tokens.to(torch.int32), "starts": stream.starts}
 
-    kept = cache.tensors("tokens", cache.digest(tokenizer.fingerprint, texts), make)
+    key = cache.digest(cache.code_fingerprint("data"), tokenizer.fingerprint, texts)
+    kept = cache.tensors("tokens", key, make)
     stream = Stream(kept["tokens"].long(), kept["starts"])
     ends = torch.cat([stream.starts[1:], torch.tensor([len(stream)])])
     short = torch.nonzero(ends - stream.starts < 2)

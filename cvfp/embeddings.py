@@ -101,8 +101,8 @@ def _bigram(
 ) -> Table:
     assert experiment.embedding_dim is not None
     dim = experiment.embedding_dim
-    settings = [FIT_STEPS, FIT_LEARNING_RATE, FIT_DECAY, FIT_STD, FIT_SEED, torch.__version__]
-    key = cache.digest(settings, data.vocab_size, dim, data.fitting.tokens, data.fitting.starts)
+    made_by = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
+    key = cache.digest(made_by, data.vocab_size, dim, data.fitting.tokens, data.fitting.starts)
 
     def make() -> dict[str, Tensor]:
         return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))

@@ -20,7 +20,7 @@ from torch import Tensor
 from cvfp import baselines, cache, contexts, embeddings, metrics, phase1, phase2, seeds, store
 from cvfp import data as data_module
 from cvfp.config import Experiment, cpu_capabilities
-from cvfp.data import Stream
+from cvfp.data import Data, Stream
 from cvfp.model import CVFP, initialise
 from cvfp.progress import Stage
 
@@ -68,7 +68,7 @@ class Result:
     precision: str
     threads: int
     versions: dict[str, str]
-    from_store: bool = False
+    from_store: bool = field(default=False, compare=False)
     _model: CVFP | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Result:
             if weights is None:
                 raise FileNotFoundError(
                     f"no model is kept for run {self.key}: models over "
-                    f"{store.MODEL_BYTES // 10**6} MB are not; run the Experiment again with "
-                    "an empty CVFP_HOME to have it"
+                    f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
+                    "returns a result that has it"
                 )
             corpus = data_module.load_corpus(self.experiment)
             tokenizer = data_module.load_tokenizer(self.experiment, corpus.fitting)
@@ -137,7 +137,7 @@ def column_docs() -> dict[str, str]:
         "val_acc": "validation top-1 accuracy, fraction",
         "val_bpb": "validation bits per byte of UTF-8 text",
         "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
-        "train_er": "effective rank of Phase 1's training contexts, fraction of D",
+        "train_er": "effective rank of the training contexts that Phase 2 reads, fraction of D",
         "val_er": "effective rank of the exact validation contexts, fraction of D",
         "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
         "converged": "fraction of training tokens converged at the last iteration",
@@ -184,11 +184,8 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         FloatingPointError: training diverged, or the exact contexts did not converge.
     """
     experiment = experiment.resolved()
-    watch = _Watch(experiment.device)
-    with watch("data"):
-        data = data_module.load(experiment)
-    with watch("table"), Stage("Table", embeddings.FIT_STEPS, every=10) as stage:
-        table = embeddings.load(experiment, data, lambda row: stage.advance(1, row))
+    watch = Watch(experiment.device)
+    data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, cache.digest(table.weight)
     key = store.key(experiment, *fingerprints)
     record = store.read_run(key) if reuse else None
@@ -282,6 +279,20 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     return result
 
 
+def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, embeddings.Table]:
+    """Token streams and embedding table of an Experiment, made or from the cache.
+
+    Raises:
+        ParameterError: a field that does not fit the data; whatever can be wrong shows here.
+    """
+    watch = watch or Watch(experiment.device)
+    with watch("data"):
+        data = data_module.load(experiment)
+    with watch("table"), Stage("Table", embeddings.FIT_STEPS, every=10) as stage:
+        table = embeddings.load(experiment, data, lambda row: stage.advance(1, row))
+    return data, table
+
+
 def exact_contexts(model: CVFP, tokens: Tensor) -> contexts.Contexts:
     """The contexts of a stream (int64 [T]) from a zero state, exact to float32.
 
@@ -303,7 +314,7 @@ def _phase1(
     model: CVFP,
     tokens: Tensor,
     key: str,
-    watch: _Watch,
+    watch: Watch,
     reuse: bool,
 ) -> tuple[phase1.Phase1, bool]:
     """Phase 1 trained into `model`, or taken from the store; and whether it was."""
@@ -347,7 +358,7 @@ def _by_conversation(stream: Stream, evaluation: phase2.Evaluation) -> list[dict
     ]
 
 
-class _Watch:
+class Watch:
     """Seconds per stage and peak memory of a run."""
 
     def __init__(self, device: str) -> None:

@@ -7,6 +7,7 @@ one Adam step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -116,7 +117,7 @@ def train(
             "change_p90",
         )
         row = {"iteration": float(iteration), **dict(zip(names, figures, strict=True))}
-        if not all(map(_finite, figures)):
+        if not all(map(math.isfinite, figures)):
             raise FloatingPointError(
                 f"Phase 1 is not finite at iteration {iteration}: {row}; "
                 "a smaller phase1_learning_rate would be accepted"
@@ -134,7 +135,3 @@ def train(
 def _quantiles(change: Tensor, quantiles: Tensor) -> Tensor:
     # torch.quantile refuses more than 16 M values; every k-th token says as much.
     return torch.quantile(change[:: max(1, len(change) // 1_000_000)], quantiles)
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -153,7 +154,7 @@ def train(
         }
         history.append(row)
         report(row)
-        if not torch.isfinite(validation.nats).all():
+        if not all(map(math.isfinite, row.values())):
             raise FloatingPointError(
                 f"Phase 2 is not finite at epoch {epoch}: {row}; "
                 "a smaller phase2_learning_rate would be accepted"

@@ -7,9 +7,7 @@ and of tokenizers, and the code, as an AST without docstrings, so that a comment
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.util
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -38,31 +36,9 @@ def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) 
         raise ValueError("experiment: got unresolved device or precision; accepted: .resolved()")
     # The data's and the table's fields are in their fingerprints.
     stages = ("context", "phase1", "run") if phase1 else ("context", "phase1", "phase2", "run")
-    code = code_fingerprint(PHASE1_CODE if phase1 else RUN_CODE)
+    code = cache.code_fingerprint(*(PHASE1_CODE if phase1 else RUN_CODE))
     versions = [torch.__version__, tokenizers.__version__]
     return cache.digest(experiment.to_dict(*stages), data, table, code, versions)
-
-
-@functools.cache
-def code_fingerprint(modules: tuple[str, ...]) -> str:
-    """Digest of the modules' code: comments, docstrings and layout do not count."""
-    trees = []
-    for name in modules:
-        spec = importlib.util.find_spec(f"cvfp.{name}")
-        assert spec is not None
-        assert spec.origin is not None
-        trees.append(normalised(Path(spec.origin).read_text(encoding="utf-8")))
-    return cache.digest(trees)
-
-
-def normalised(source: str) -> str:
-    """The source's AST as text, without docstrings and positions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def read_run(key: str) -> dict[str, Any] | None:
@@ -109,13 +85,17 @@ def write_phase1(key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -
         return
     path = cache.home() / "phase1" / f"{key}.safetensors"
     _save(path, tensors, {"record": json.dumps(record, allow_nan=False)})
-    by_age = sorted(path.parent.glob("[!.]*.safetensors"), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in by_age)
-    for old in by_age:
+    kept = []
+    for other in path.parent.glob("[!.]*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            status = other.stat()
+            kept.append((status.st_mtime, status.st_size, other))
+    total = sum(size for _, size, _ in kept)
+    for _, size, oldest in sorted(kept):
         if total <= PHASE1_BYTES:
             break
-        total -= old.stat().st_size
-        old.unlink(missing_ok=True)
+        total -= size
+        oldest.unlink(missing_ok=True)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import joblib
 import torch
 
-from cvfp import data
 from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import Result, Results, run
+from cvfp.experiment import Result, Results, prepare, run
 from cvfp.progress import Stage
 
 
@@ -31,18 +30,22 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         ParameterError: an unknown field, a bad value, or a size that exceeds the corpus, for any of
             the runs, before the first starts.
     """
-    if n_jobs < 1:
+    if type(n_jobs) is not int or n_jobs < 1:
         raise ParameterError("n_jobs", n_jobs, "an integer of at least 1")
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise ParameterError(name, values, "a list of values")
-    combinations = itertools.product(*(list(values) for values in grid.values()))
+    lists = {name: list(values) for name, values in grid.items()}
+    for name, values in lists.items():
+        if not values:
+            raise ParameterError(name, values, "a list of at least one value")
+    combinations = itertools.product(*lists.values())
     experiments = [
         experiment.replace(**dict(zip(grid, values, strict=True))).resolved()
         for values in combinations
     ]
     for one in experiments:
-        data.load(one)
+        prepare(one)
     results = Results()
     with Stage("Sweep", len(experiments), unit="run", every=1) as stage:
         if n_jobs == 1:

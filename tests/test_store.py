@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_experiment
+
+import cvfp
+from cvfp import Experiment, Result, cache, phase2, store
+from cvfp.experiment import exact_contexts
+from cvfp.metrics import perplexity
+
+# Not numbers of the model: when, where and how long.
+INCIDENTAL = {"seconds", "peak_memory_mib", "phase1_from_store", "from_store", "_model"}
+
+
+def numbers(result: Result) -> dict[str, Any]:
+    return {f.name: getattr(result, f.name) for f in fields(Result) if f.name not in INCIDENTAL}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Experiment) -> Result:
+    """The tiny run, kept in the session's home."""
+    return cvfp.run(tiny, reuse=False)
+
+
+def test_normalised_code_ignores_comments_docstrings_and_layout() -> None:
+    plain = "def f(x):\n    return x + 1\n\nclass A:\n    b = 2\n"
+    dressed = (
+        '"""Module."""\n# why\n\ndef f(x):\n    """Doc."""\n    return (x +\n        1)  # one\n\n'
+        'class A:\n    "doc"\n    b = 2\n'
+    )
+    assert cache.normalised(dressed) == cache.normalised(plain)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "def f(x):\n    return x + 2\n",
+        "def f(x):\n    return x - 1\n",
+        "def f(x, y=1):\n    return x + 1\n",
+        "def g(x):\n    return x + 1\n",
+        "def f(x):\n    return x + 1.0\n",
+    ],
+)
+def test_normalised_code_tells_changes(changed: str) -> None:
+    plain = "def f(x):\n    return x + 1\n"
+    assert cache.normalised(changed) != cache.normalised(plain)
+
+
+def test_normalised_code_keeps_texts_that_are_values() -> None:
+    assert cache.normalised("a = 'x'\n") != cache.normalised("a = 'y'\n")
+    assert cache.normalised("def f():\n    return 'x'\n") != cache.normalised(
+        "def f():\n    return 'y'\n"
+    )
+
+
+RESOLVED = Experiment(device="cpu", precision="float32")
+CHANGED: dict[str, Any] = dict(
+    num_layers=4,
+    context_dim=130,
+    num_input_tokens=2,
+    token_input_all_layers=False,
+    dist_reg_weight=0.9,
+    phase1_learning_rate=0.001,
+    phase1_max_iterations=41,
+    phase1_min_iterations=6,
+    phase1_noise=0.2,
+    phase1_gradient_clip=2.0,
+    convergence_threshold=0.04,
+    convergence_rate=0.98,
+    loss_group=8001,
+    weight_tying=False,
+    freeze_embedding=False,
+    training_contexts="exact",
+    phase2_learning_rate=0.004,
+    phase2_epochs=11,
+    phase2_patience=3,
+    phase2_batch_size=1025,
+    phase2_shuffle=False,
+    seed=43,
+    device="cuda",
+    precision="bfloat16",
+)
+
+
+def keys(experiment: Experiment, data: str = "d", table: str = "t") -> tuple[str, str]:
+    return (
+        store.key(experiment, data, table),
+        store.key(experiment, data, table, phase1=True),
+    )
+
+
+@pytest.mark.parametrize("name", RESOLVED.to_dict("context", "phase1", "phase2", "run"))
+def test_keys_change_with_the_fields_of_their_stages(name: str) -> None:
+    changed = RESOLVED.replace(**{name: CHANGED[name]})
+    assert getattr(changed, name) != getattr(RESOLVED, name)
+    run, phase1 = keys(RESOLVED)
+    other_run, other_phase1 = keys(changed)
+    assert other_run != run
+    assert (other_phase1 == phase1) == (name in RESOLVED.to_dict("phase2"))
+
+
+def test_keys_hold_data_by_content_not_by_name() -> None:
+    assert keys(RESOLVED.replace(dataset="elsewhere.jsonl", samples=9)) == keys(RESOLVED)
+    for other in (keys(RESOLVED, data="e"), keys(RESOLVED, table="u"), keys(RESOLVED, "t", "d")):
+        assert not set(other) & set(keys(RESOLVED))
+
+
+def test_run_and_phase1_keys_differ() -> None:
+    run, phase1 = keys(RESOLVED)
+    assert run != phase1
+
+
+def test_keys_change_with_code_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(keys(RESOLVED))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "code_fingerprint", lambda *names: "-".join(names))
+        assert not set(keys(RESOLVED)) & before
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0")
+        assert not set(keys(RESOLVED)) & before
+    assert set(keys(RESOLVED)) == before
+
+
+def test_unresolved_experiment_has_no_key() -> None:
+    with pytest.raises(ValueError, match="resolved"):
+        store.key(Experiment(device="cpu", precision="auto"), "d", "t")
+
+
+def test_code_of_every_module_that_makes_numbers_counts() -> None:
+    package = Path(cvfp.__file__).parent
+    modules = {path.stem for path in package.glob("*.py")}
+    # What shows, keeps and checks, or reads finished runs, makes none.
+    assert modules - set(store.RUN_CODE) <= {
+        "__init__",
+        "cache",
+        "config",
+        "progress",
+        "store",
+        "sweep",
+    }
+
+
+def test_digest_keeps_parts_apart() -> None:
+    digests = [
+        cache.digest("ab", "c"),
+        cache.digest("a", "bc"),
+        cache.digest("abc"),
+        cache.digest(["ab", "c"]),
+        cache.digest(torch.tensor([1, 2])),
+        cache.digest(torch.tensor([2, 1])),
+        cache.digest(torch.tensor([1]), torch.tensor([2])),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert cache.digest({"a": 1, "b": 2}) == cache.digest({"b": 2, "a": 1})
+
+
+def test_exception_while_writing_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.json"
+
+    def write(text: str, fail: bool) -> None:
+        with cache.whole(path) as temporary:
+            temporary.write_text(text)
+            assert not fail, "in the middle"
+
+    with pytest.raises(AssertionError, match="in the middle"):
+        write("half", fail=True)
+    assert list(path.parent.iterdir()) == []
+    write("whole", fail=False)
+    with pytest.raises(AssertionError, match="in the middle"):
+        write("half", fail=True)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_text() == "whole"
+
+
+def test_second_run_comes_from_the_store_with_equal_numbers(
+    tiny: Experiment, finished: Result
+) -> None:
+    again = cvfp.run(tiny)
+    assert again.from_store
+    assert not finished.from_store
+    assert numbers(again) == numbers(finished)
+    assert again.seconds == finished.seconds
+
+
+def test_stored_run_bears_the_callers_names(
+    tiny: Experiment, finished: Result, write_jsonl: Any
+) -> None:
+    from cvfp.data import load_corpus
+
+    corpus = load_corpus(tiny)
+    path = write_jsonl(*corpus.validation, *corpus.fitting, *corpus.train)
+    same = cvfp.run(tiny.replace(dataset=path))
+    assert same.from_store
+    assert same.key == finished.key
+    assert same.experiment.dataset == path
+
+
+def test_run_measured_anew_has_the_same_numbers(tiny: Experiment, finished: Result) -> None:
+    anew = cvfp.run(tiny, reuse=False)
+    assert not anew.from_store
+    assert not anew.phase1_from_store
+    assert numbers(anew) == numbers(finished)
+
+
+def test_seed_and_data_make_other_runs(tiny: Experiment, finished: Result) -> None:
+    for changes in (dict(seed=43), dict(samples=7), dict(validation_samples=4)):
+        other = cvfp.run(tiny.replace(**changes))
+        assert not other.from_store
+        assert other.val_ppl != finished.val_ppl
+
+
+def test_variant_of_phase2_takes_phase1_from_the_store(
+    tiny: Experiment, finished: Result, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tiny.replace(phase2_learning_rate=0.01, weight_tying=False)
+    fresh = cvfp.run(changed)
+    assert not fresh.phase1_from_store
+    monkeypatch.setenv("CVFP_HOME", str(home.with_name("other")))
+    first = cvfp.run(tiny)
+    assert not first.phase1_from_store
+    variant = cvfp.run(changed)
+    assert variant.phase1_from_store
+    assert not variant.from_store
+    assert numbers(variant) == numbers(fresh)
+    assert variant.val_ppl != first.val_ppl
+    assert variant.seconds["phase1"] == first.seconds["phase1"]
+
+
+def test_result_survives_json(finished: Result) -> None:
+    text = json.dumps(finished.to_dict(), allow_nan=False)
+    assert Result.from_dict(json.loads(text)) == finished
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(weight_tying=False),
+        dict(freeze_embedding=False),
+        dict(weight_tying=False, freeze_embedding=False, token_input_all_layers=False),
+    ],
+    ids=["tied", "own head", "trained table", "own head, trained table, equal-decrease"],
+)
+def test_model_from_the_store_is_the_runs(changes: dict[str, Any], tiny: Experiment) -> None:
+    experiment = tiny.replace(num_input_tokens=2, **changes)
+    ran = cvfp.run(experiment)
+    kept = cvfp.run(experiment)
+    assert kept.from_store
+    ours, theirs = ran.model(), kept.model()
+    assert theirs is not ours
+    tokens = cvfp.data.load(tiny).validation.tokens
+    contexts = exact_contexts(ours, tokens).values
+    assert torch.equal(exact_contexts(theirs, tokens).values, contexts)
+    positions = torch.arange(len(tokens))
+    logits = [
+        phase2.Positions(model, contexts, tokens).logits(
+            positions, phase2.Positions(model, contexts, tokens).token_inputs()
+        )
+        for model in (ours, theirs)
+    ]
+    assert torch.equal(*logits)
+    # And it is the model of the best epoch, whose figures the Result has.
+    evaluation = phase2.evaluate(theirs, contexts, tokens)
+    assert perplexity(evaluation.loss) == ran.val_ppl
+    assert evaluation.accuracy == ran.val_acc
+    assert theirs.generate("hello", 5, seed=3) == ours.generate("hello", 5, seed=3)
+
+
+def test_model_too_large_to_keep_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MODEL_BYTES", 1000)
+    experiment = tiny_experiment(embedding="random", phase2_epochs=1)
+    ran = cvfp.run(experiment)
+    ran.model()
+    assert not (home / "models").exists()
+    with pytest.raises(FileNotFoundError, match=ran.key):
+        cvfp.run(experiment).model()
+
+
+def phase1_files(home: Path) -> set[str]:
+    return {path.stem for path in (home / "phase1").iterdir()}
+
+
+def test_least_recently_used_phase1_goes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(key: str) -> None:
+        store.write_phase1(key, {"contexts": torch.zeros(250)}, {"name": key})
+
+    for age, key in enumerate(("a", "b", "c")):
+        write(key)
+        # Long ago, a before b before c: clocks are too coarse to tell writes apart.
+        os.utime(home / "phase1" / f"{key}.safetensors", (age, age))
+    size = (home / "phase1" / "a.safetensors").stat().st_size
+    monkeypatch.setattr(store, "PHASE1_BYTES", 3 * size)
+    kept = store.read_phase1("a")
+    assert kept is not None
+    assert kept[1] == {"name": "a"}
+    write("d")
+    assert phase1_files(home) == {"a", "c", "d"}
+    assert store.read_phase1("b") is None
+    monkeypatch.setattr(store, "PHASE1_BYTES", size)
+    write("e")
+    assert phase1_files(home) == {"e"}
+    monkeypatch.setattr(store, "PHASE1_BYTES", 500)
+    write("f")  # larger than all that may be kept: nothing goes for it
+    assert phase1_files(home) == {"e"}
+
+
+def test_broken_record_is_never_written(home: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_run("k", {"val_ppl": float("nan")})
+    assert list((home / "runs").iterdir()) == []
+    assert store.read_run("k") is None
