@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from cvfp.config import Experiment
 from cvfp.metrics import perplexity
 from cvfp.model import CVFP, TokenInputs, autocast
 
-# Logits held at once when evaluating: 64 M numbers.
-EVALUATION_LOGITS = 2**26
+# Logits held at once when evaluating: near the cache on a CPU, enough to fill a GPU.
+EVALUATION_LOGITS = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}
 
 
 @dataclass
@@ -65,14 +66,18 @@ class Positions:
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
 
-    def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
-        """[B, V] at `positions`; `inputs` are what the TokenBlock reads."""
+    def hidden(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
+        """h [B, E] at `positions`; `inputs` are what the TokenBlock reads."""
         read = self.contexts[(positions - 1).clamp(min=0)] * (positions > 0)[:, None]
         with torch.no_grad():
             seen = self.context_inputs.dense(positions)
             outputs = self.model.context_block(read, seen)
         e = seen if self.model.context_table is None else inputs.dense(positions)
-        return self.model.logits(self.model.token_block(outputs, e))
+        return self.model.token_block(outputs, e)
+
+    def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
+        """[B, V] at `positions`."""
+        return self.model.logits(self.hidden(positions, inputs))
 
     def token_inputs(self) -> TokenInputs:
         """e_t from the table as it is now; the graph reaches the table if it is being trained."""
@@ -81,13 +86,50 @@ class Positions:
         return TokenInputs(self.tokens, self.model.embedding, self.model.num_input_tokens)
 
 
+class FrozenHead:
+    """Cross-entropy through a head that is not trained, with its gradient by hand, on the CPU.
+
+    Softmax minus one-hot is the gradient of the logits, so one softmax serves loss and gradient;
+    and the two [B, V] buffers are kept, since fresh ones cost the CPU as much as the softmax.
+    """
+
+    def __init__(self, weight: Tensor, rows: int, precision: str) -> None:
+        self.weight = weight.to(torch.bfloat16 if precision == "bfloat16" else weight.dtype)
+        self.logits = self.weight.new_empty(rows, len(weight))
+        self.shares = torch.empty_like(self.logits)
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean nats of `target` [B], from h [B, E]; the graph reaches `hidden` only."""
+        return _FrozenHeadLoss.apply(hidden, target, self)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: FrozenHead) -> Tensor:
+        rows = len(hidden)
+        logits, shares = head.logits[:rows], head.shares[:rows]
+        with torch.autocast("cpu", enabled=False):
+            torch.mm(hidden.to(head.weight.dtype), head.weight.T, out=logits)
+            torch.softmax(logits, dim=1, out=shares)
+            right = shares.gather(1, target[:, None])
+            shares.scatter_add_(1, target[:, None], torch.full_like(right, -1.0))
+            ctx.save_for_backward((shares @ head.weight).to(hidden.dtype) / rows)
+        # A share too small for its type counts as the smallest there is.
+        return -right.float().clamp(min=torch.finfo(torch.float32).tiny).log().mean()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
 @torch.no_grad()
 def evaluate(model: CVFP, contexts: Tensor, tokens: Tensor) -> Evaluation:
     """Float32 evaluation of a stream: contexts [T, D], tokens int64 [T], T at least 2."""
     stream = Positions(model, contexts, tokens)
     inputs = stream.token_inputs()
     nats, correct = [], []
-    batch = max(1, EVALUATION_LOGITS // len(model.embedding))
+    batch = max(1, EVALUATION_LOGITS[tokens.device.type] // len(model.embedding))
     for positions in torch.arange(stream.total, device=tokens.device).split(batch):
         logits = stream.logits(positions, inputs)
         target = tokens[positions + 1]
@@ -123,6 +165,10 @@ def train(
     optimiser = torch.optim.Adam(trained.values(), lr=experiment.phase2_learning_rate, fused=True)
     stream = Positions(model, train_contexts, train_tokens)
     device = train_tokens.device
+    frozen = None
+    if model.head is None and not model.embedding.requires_grad and device.type == "cpu":
+        rows = min(experiment.phase2_batch_size, stream.total)
+        frozen = FrozenHead(model.embedding.detach(), rows, experiment.precision)
     best: Phase2 | None = None
     best_weights: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
@@ -135,8 +181,11 @@ def train(
         total = torch.zeros((), device=device)
         for positions in order.split(experiment.phase2_batch_size):
             with autocast(experiment.precision, device):
-                logits = stream.logits(positions, stream.token_inputs())
-                loss = F.cross_entropy(logits, train_tokens[positions + 1])
+                inputs, target = stream.token_inputs(), train_tokens[positions + 1]
+                if frozen is not None:
+                    loss = frozen.loss(stream.hidden(positions, inputs), target)
+                else:
+                    loss = F.cross_entropy(stream.logits(positions, inputs), target)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -211,3 +211,26 @@ def test_phase2_trains_what_it_says_and_nothing_else(tying: bool, freeze: bool) 
     if not freeze:
         assert model.context_table is not None
         assert torch.equal(model.context_table, before["embedding"])
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_frozen_head_equals_cross_entropy(precision: str, limit: float) -> None:
+    weight, target = torch.randn(50, 8), torch.randint(0, 50, (12,))
+    head = phase2.FrozenHead(weight, 20, precision)
+    for _ in range(2):  # the buffers are used again
+        hidden = torch.randn(12, 8, requires_grad=True)
+        wanted = F.cross_entropy(hidden @ weight.T, target)
+        (gradient,) = torch.autograd.grad(3 * wanted, hidden)
+        made = head.loss(hidden, target)
+        (by_hand,) = torch.autograd.grad(3 * made, hidden)
+        assert float((made - wanted).detach().abs()) < limit * float(wanted.detach())
+        assert float((by_hand - gradient).norm() / gradient.norm()) < limit
+
+
+def test_frozen_head_bears_a_hopeless_token() -> None:
+    head = phase2.FrozenHead(torch.tensor([[300.0], [-300.0]]), 1, "float32")
+    hidden = torch.ones(1, 1, requires_grad=True)
+    loss = head.loss(hidden, torch.tensor([1]))
+    assert 80 < float(loss.detach()) < 601
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert float(gradient) == pytest.approx(600)
