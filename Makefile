@@ -25,7 +25,8 @@ $(READY): requirements.txt pyproject.toml
 scaling: install
 	mkdir -p reports
 	$(BIN)/papermill notebooks/03_scaling.ipynb reports/03_scaling.ipynb -p samples $(SAMPLES)
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input reports/03_scaling.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir $(VENV)/report reports/03_scaling.ipynb
+	cp $(VENV)/report/03_scaling_files/*.png reports/03_scaling.png
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -34,14 +34,14 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         + ("frozen" if one.freeze_embedding else "trained"),
         "model": f"{one.num_layers} layers x {one.context_dim}, "
         f"n = {one.num_input_tokens}, {design}",
-        "parameters": ", ".join(f"{k} {v:,}" for k, v in first.parameters.items()),
+        **{f"parameters, {part}": f"{count:,}" for part, count in first.parameters.items()},
         "head": "tied to the table" if one.weight_tying else "own",
         "device": f"{first.device} ({first.device_name}), {first.threads} threads",
         "precision": first.precision,
         "seed": ", ".join(map(str, seeds)),
         "parallel jobs": f"{n_jobs}{contended}",
         "from the store": f"{sum(r.from_store for r in results)} of {len(results)} runs",
-        "versions": ", ".join(f"{k} {v}" for k, v in first.versions.items()),
+        **first.versions,
     }
     return pd.DataFrame({"": facts})
 
