@@ -120,6 +120,19 @@ def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
     return unique[0], unique[1], counts
 
 
+class _Neighbours:
+    """Weighted sums of rows, one sum for each run of `lengths` consecutive entries of `rows`."""
+
+    def __init__(self, rows: Tensor, weights: Tensor, lengths: Tensor) -> None:
+        self.rows, self.weights = rows, weights
+        self.offsets = lengths.cumsum(0) - lengths
+
+    def sum(self, table: Tensor) -> Tensor:
+        return F.embedding_bag(
+            self.rows, table, self.offsets, mode="sum", per_sample_weights=self.weights
+        )
+
+
 def fit_bigram(
     fitting: Stream,
     vocab_size: int,
@@ -130,11 +143,13 @@ def fit_bigram(
     generator = torch.Generator().manual_seed(FIT_SEED)
     first, second, counts = bigram_counts(fitting)  # sorted by first
     share = (counts / counts.sum()).float()
-    contexts, pairs = torch.unique_consecutive(first, return_counts=True)
-    offsets = pairs.cumsum(0) - pairs
-    context_share = F.embedding_bag(torch.arange(len(share)), share[:, None], offsets, mode="sum")[
-        :, 0
-    ]
+    unigram = torch.bincount(second, share.double(), vocab_size).float()
+    contexts, row, pairs = torch.unique_consecutive(first, return_inverse=True, return_counts=True)
+    context_share = torch.bincount(row, share.double()).float()
+    followers_of = _Neighbours(second, share, pairs)
+    by_second = torch.argsort(second, stable=True)
+    successors, pairs = torch.unique_consecutive(second[by_second], return_counts=True)
+    preceders_of = _Neighbours(row[by_second], share[by_second], pairs)
     model = BigramLM(
         torch.empty(vocab_size, embedding_dim).normal_(0, FIT_STD, generator=generator),
         torch.empty(embedding_dim, embedding_dim).normal_(0, FIT_STD / 10, generator=generator),
@@ -156,22 +171,25 @@ def fit_bigram(
     for step in range(1, FIT_STEPS + 1):
         optimiser.zero_grad(set_to_none=True)
         # Cross-entropy = Σ_x n(x)·logsumexp(x) − Σ_xy n(x,y)·logit(x,y). The second sum runs over
-        # the pairs seen only: h(x) times the mean of the rows that followed x.
+        # the pairs seen only, its gradients by hand: autograd's would add up in the order in which
+        # threads arrive, and the same fit would not give the same table twice.
         hidden = model.hidden(contexts)
-        followers = F.embedding_bag(
-            second, model.table, offsets, mode="sum", per_sample_weights=share
-        )
-        loss = -(hidden * followers).sum() - (share * model.bias[second]).sum()
-        loss.backward(retain_graph=True)
-        # The first sum in slices of contexts, so that any vocabulary fits in memory.
-        loss = loss.detach()
         leaf = hidden.detach().requires_grad_(True)
+        followers = followers_of.sum(model.table.detach())
+        loss = -(leaf.detach() * followers).sum()
+        # The first sum in slices of contexts, so that any vocabulary fits in memory.
         for piece, weight in zip(leaf.split(chunk), context_share.split(chunk), strict=True):
             logits = F.linear(piece, model.table, model.bias)
             part = (weight * torch.logsumexp(logits, dim=1)).sum()
             part.backward()
             loss += part.detach()
-        hidden.backward(leaf.grad)
+        part = -(unigram * model.bias).sum()
+        part.backward()
+        loss += part.detach()
+        assert leaf.grad is not None
+        hidden.backward(leaf.grad - followers)
+        assert model.table.grad is not None
+        model.table.grad[successors] -= preceders_of.sum(leaf.detach())
         optimiser.step()
         schedule.step()
         report({"step": float(step), "fit_loss": float(loss)})

@@ -221,3 +221,17 @@ def test_folder_without_a_model_is_refused(tiny_data: Data, tmp_path: Path) -> N
         embeddings.load(experiment, tiny_data)
     with pytest.raises(ParameterError, match=r"^tokenizer: "):
         data.load(tiny_experiment(tokenizer=str(tmp_path), vocab_size="none"))
+
+
+def test_fit_is_the_same_twice_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the size of the real fit, where threads share the pairs out."""
+    monkeypatch.setattr(embeddings, "FIT_STEPS", 3)
+    draws = torch.rand(300_000, generator=torch.Generator().manual_seed(0))
+    stream = Stream((draws**3 * 4000).long(), torch.tensor([0]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fits = [fit_bigram(stream, 4000, 128) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(fit.table, fits[0].table) for fit in fits)
