@@ -105,6 +105,8 @@ def test_reading_follows_the_numbers() -> None:
             "val_ppl": [150.0, 140.0, 130.0],
             "train_er": 0.8,
             "val_er": 0.79,
+            "best_epoch": [3, 4, 10],
+            "phase2_epochs": 10,
             "unigram_ppl": 700.0,
             "kneser_ney_ppl": 170.0,
             "table_ppl": 128.0,
@@ -113,6 +115,9 @@ def test_reading_follows_the_numbers() -> None:
     )
     law = scaling.fit(frame.train_tokens, frame.val_ppl)
     assert "perplexity falls, 150.0 to 130.0" in tables.scaling_reading(frame, law)
+    assert "the runs of 200 conversations" in tables.scaling_reading(frame, law)
+    longer = tables.scaling_reading(frame.assign(phase2_epochs=11), law)
+    assert "past its best epoch" in longer
     worse = frame.assign(val_ppl=frame.val_ppl[::-1].to_numpy())
     law = scaling.fit(worse.train_tokens, worse.val_ppl)
     assert "does not fall" in tables.scaling_reading(worse, law)

@@ -179,6 +179,14 @@ def scaling_reading(frame: pd.DataFrame, law: PowerLaw) -> str:
         for name in ("unigram", *RIVALS)
     }
     falls = law.alpha < 0
+    capped = frame[frame.best_epoch == frame.phase2_epochs]
+    cap = (
+        "Every run was past its best epoch when it stopped."
+        if capped.empty
+        else "Still improving at the last epoch allowed, so that their perplexity is an upper "
+        f"bound: the runs of {', '.join(map(str, sorted(capped.samples.unique())))} conversations "
+        "(`-p phase2_epochs` allows more)."
+    )
     shares = frame.seed.nunique()
     return "\n\n".join(
         [
@@ -193,6 +201,7 @@ def scaling_reading(frame: pd.DataFrame, law: PowerLaw) -> str:
                 if shares == 1
                 else "the table's PPL s.d. is the spread between them."
             ),
+            f"**Epochs.** {cap}",
             f"**Rank.** Effective rank of held-out contexts {first.val_er:.1%} to "
             f"{last.val_er:.1%} over the ladder; of training contexts {first.train_er:.1%} to "
             f"{last.train_er:.1%}.",
