@@ -309,9 +309,8 @@ def ladder(samples: object) -> list[int]:
     Raises:
         ParameterError: not one integer above 50; a law needs two sizes.
     """
-    given = integers("samples", samples)
-    cap = given[0]
-    if len(given) > 1 or cap <= 50:
+    cap = _parse(samples, int)
+    if type(cap) is not int or cap <= 50:
         raise ParameterError("samples", samples, "one integer above 50 (a law needs two sizes)")
     sizes = [m * 10**k for k in range(1, len(str(cap)) + 1) for m in (1, 2, 5)]
     return sorted({size for size in sizes if 50 <= size < cap} | {cap})
