@@ -1,6 +1,8 @@
 """The notes' tables, transcribed: one CSV a table, named after the note it is from.
 
 Perplexity is per token of GPT-2's BPE; accuracy and effective rank are in percent, as printed.
+A printed range is two columns, `_low` and `_high`; its open end is infinite. The comment line that
+each file begins with names the note's section, the units and what to beware of.
 """
 
 from __future__ import annotations
