@@ -124,6 +124,11 @@ class Experiment:
     convergence_rate: float = _field(
         0.99, "phase1", "fraction of converged tokens at which Phase 1 stops", above=0, high=1
     )
+    phase1_abort: bool = _field(
+        False,
+        "phase1",
+        "stop the run at Phase 1's iteration 20 where note 004's rules say so; no Phase 2 then",
+    )
     loss_group: int = _field(
         8000, "phase1", "consecutive tokens over which the diversity term is taken", low=2
     )

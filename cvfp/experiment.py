@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from cvfp import baselines, cache, contexts, embeddings, metrics, phase1, phase2
 from cvfp import data as data_module
 from cvfp.config import Experiment, cpu_capabilities
 from cvfp.data import Data, Stream
-from cvfp.model import CVFP, initialise
+from cvfp.model import CVFP, ContextBlock, TokenInputs, initialise
 from cvfp.progress import Stage
 
 MEBIBYTE = 2**20
@@ -32,7 +32,8 @@ VERSIONS = ("cvfp", "torch", "numpy", "tokenizers")
 class Result:
     """What a run measured. `column_docs()` gives the meaning and unit of every column.
 
-    Fields that do not apply are None: never 0 for missing.
+    Fields that do not apply are None: never 0 for missing. A run that Phase 1 gave up (`aborted`
+    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it.
     """
 
     key: str
@@ -42,15 +43,16 @@ class Result:
     vocab_size: int
     embedding_dim: int
     parameters: dict[str, int]
-    val_ppl: float
-    val_acc: float
-    val_bpb: float
-    train_ppl: float
+    val_ppl: float | None
+    val_acc: float | None
+    val_bpb: float | None
+    train_ppl: float | None
     train_er: float
     val_er: float
     phase1_iterations: int
     converged: float
-    best_epoch: int
+    best_epoch: int | None
+    aborted: str | None
     baselines: dict[str, dict[str, float] | None]
     phase1_history: list[dict[str, float]]
     phase2_history: list[dict[str, float]]
@@ -58,7 +60,9 @@ class Result:
     val_spectrum: list[float]
     val_conversations: list[dict[str, float]]
     context_sweeps: int
-    context_residual: float | None
+    context_error: float | None
+    contraction_rate: float | None
+    memory_length: int | None
     seconds: dict[str, float]
     phase1_from_store: bool
     peak_memory_mib: float
@@ -141,9 +145,13 @@ def column_docs() -> dict[str, str]:
         "val_er": "effective rank of the exact validation contexts, fraction of D",
         "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
         "converged": "fraction of training tokens converged at the last iteration",
+        "aborted": "why Phase 1 gave the run up (phase1_abort); null: it did not",
         "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
         "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
-        "context_residual": "relative change of the block starts in its last sweep",
+        "context_error": "bound on the error of any of them, relative to its norm, before rounding",
+        "contraction_rate": "factor per token by which nearby trajectories of contexts approach",
+        "memory_length": "tokens after which a context restarted from zeros is within 1 %; "
+        "null if not within 256",
         "peak_memory_mib": "largest resident memory of the process during the run, MiB",
         "peak_device_memory_mib": "largest memory allocated on the GPU, MiB; null without one",
         "threads": "CPU threads",
@@ -200,33 +208,40 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     train_tokens = data.train.tokens.to(device)
     val_tokens = data.validation.tokens.to(device)
     phase1_key = store.key(experiment, *fingerprints, phase1=True)
-    first, from_store = _phase1(experiment, model, train_tokens, phase1_key, watch, reuse)
+    first, from_store = _phase1(
+        experiment, model, train_tokens, val_tokens, phase1_key, watch, reuse
+    )
 
     with watch("contexts"):
-        validation = exact_contexts(model, val_tokens)
+        block = model.context_block
+        val_inputs = model.context_inputs(val_tokens)
+        validation = exact_contexts(block, val_inputs)
+        recurrence = contexts.diagnose(block, val_inputs, validation.values)
         train_contexts = first.contexts
         if experiment.training_contexts == "exact":
-            train_contexts = exact_contexts(model, train_tokens).values
+            train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
         train_spectrum = metrics.singular_values(train_contexts)
         val_spectrum = metrics.singular_values(validation.values)
 
-    batches = experiment.phase2_epochs * len(train_tokens)
-    with watch("phase2"), Stage("Phase 2", batches, unit="tok") as stage:
-        second = phase2.train(
-            model,
-            train_contexts,
-            train_tokens,
-            validation.values,
-            val_tokens,
-            experiment,
-            seeds.generator(experiment.seed, "batches"),
-            report=lambda row: stage.advance(0, row),
-            tick=stage.advance,
-        )
+    second = None
+    if first.aborted is None:
+        batches = experiment.phase2_epochs * len(train_tokens)
+        with watch("phase2"), Stage("Phase 2", batches, unit="tok") as stage:
+            second = phase2.train(
+                model,
+                train_contexts,
+                train_tokens,
+                validation.values,
+                val_tokens,
+                experiment,
+                seeds.generator(experiment.seed, "batches"),
+                report=lambda row: stage.advance(0, row),
+                tick=stage.advance,
+            )
     with watch("baselines"):
         lines = baselines.evaluate(data, table.bigram)
 
-    nats = second.validation.nats
+    predicted = len(data.validation) - 1
     val_bytes = data.tokenizer.count_bytes(data.validation.tokens[1:])
     result = Result(
         key=key,
@@ -236,31 +251,38 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         vocab_size=len(table.weight),
         embedding_dim=table.weight.shape[1],
         parameters=model.parameter_counts(),
-        val_ppl=metrics.perplexity(second.validation.loss),
-        val_acc=second.validation.accuracy,
-        val_bpb=metrics.bits_per_byte(float(nats.sum()), val_bytes),
-        train_ppl=metrics.perplexity(second.train_loss),
+        val_ppl=None if second is None else metrics.perplexity(second.validation.loss),
+        val_acc=None if second is None else second.validation.accuracy,
+        val_bpb=None
+        if second is None
+        else metrics.bits_per_byte(float(second.validation.nats.sum()), val_bytes),
+        train_ppl=None if second is None else metrics.perplexity(second.train_loss),
         train_er=metrics.effective_rank(train_spectrum) / experiment.context_dim,
         val_er=metrics.effective_rank(val_spectrum) / experiment.context_dim,
         phase1_iterations=first.iterations,
         converged=first.converged,
-        best_epoch=second.best_epoch,
+        best_epoch=None if second is None else second.best_epoch,
+        aborted=first.aborted,
         baselines={
             name: None
             if loss is None
             else {
                 "ppl": metrics.perplexity(loss),
-                "bpb": metrics.bits_per_byte(loss * len(nats), val_bytes),
+                "bpb": metrics.bits_per_byte(loss * predicted, val_bytes),
             }
             for name, loss in lines.items()
         },
         phase1_history=first.history,
-        phase2_history=second.history,
+        phase2_history=[] if second is None else second.history,
         train_spectrum=train_spectrum.tolist(),
         val_spectrum=val_spectrum.tolist(),
-        val_conversations=_by_conversation(data.validation, second.validation),
+        val_conversations=[]
+        if second is None
+        else _by_conversation(data.validation, second.validation),
         context_sweeps=validation.sweeps,
-        context_residual=validation.residuals[-1]["relative"] if validation.residuals else None,
+        context_error=validation.error_bound if math.isfinite(validation.error_bound) else None,
+        contraction_rate=recurrence.contraction_rate,
+        memory_length=recurrence.memory_length,
         seconds=watch.seconds,
         phase1_from_store=from_store,
         **watch.peaks(),
@@ -293,18 +315,19 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
     return data, table
 
 
-def exact_contexts(model: CVFP, tokens: Tensor) -> contexts.Contexts:
-    """The contexts of a stream (int64 [T]) from a zero state, exact to float32.
+def exact_contexts(block: ContextBlock, inputs: TokenInputs) -> contexts.Contexts:
+    """The contexts of a stream from a zero state, exact to float32.
 
     Raises:
         FloatingPointError: they did not converge.
     """
-    made = contexts.evaluate(model.context_block, model.context_inputs(tokens))
+    made = contexts.evaluate(block, inputs)
     if not made.converged:
         last = made.residuals[-1]["relative"]
         raise FloatingPointError(
             f"the exact contexts did not converge in {made.sweeps} sweeps (relative residual "
-            f"{last:.2g}); a ContextBlock that contracts would be accepted"
+            f"{last:.2g}); a ContextBlock that contracts would be accepted: check "
+            "phase1_learning_rate, num_layers and token_input_all_layers"
         )
     return made
 
@@ -313,6 +336,7 @@ def _phase1(
     experiment: Experiment,
     model: CVFP,
     tokens: Tensor,
+    val_tokens: Tensor,
     key: str,
     watch: Watch,
     reuse: bool,
@@ -325,6 +349,15 @@ def _phase1(
         model.context_block.load_state_dict(weights)
         watch.seconds["phase1"] = record["seconds"]
         return made, True
+
+    def rank() -> dict[str, float]:
+        block = model.context_block
+        exact = contexts.evaluate(block, model.context_inputs(val_tokens))
+        if not exact.converged:
+            return {}
+        spectrum = metrics.singular_values(exact.values)
+        return {"val_er": metrics.effective_rank(spectrum) / experiment.context_dim}
+
     total = experiment.phase1_max_iterations - 1
     with watch("phase1"), Stage("Phase 1", total, every=10) as stage:
         made = phase1.train(
@@ -335,6 +368,7 @@ def _phase1(
             report=lambda row: stage.advance(
                 1, {name: row[name] for name in ("iteration", "loss", "converged")}
             ),
+            probe=rank,
         )
     record = asdict(made)
     del record["contexts"]
@@ -389,6 +423,8 @@ def _peak_resident_mib() -> float:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
+    import resource  # not there on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
 

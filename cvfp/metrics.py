@@ -43,13 +43,18 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
     return total_nats / math.log(2) / total_bytes
 
 
+def relative_errors(contexts: Tensor, reference: Tensor) -> Tensor:
+    """‖Δ‖/‖reference‖ of each row of [T, D]: [T]."""
+    difference = torch.linalg.vector_norm(contexts - reference, dim=1)
+    return difference / torch.linalg.vector_norm(reference, dim=1)
+
+
 def agreement(contexts: Tensor, reference: Tensor) -> dict[str, float]:
     """How near [T, D] contexts are to a reference: cosine mean and min, MSE, and relative error
     ‖Δ‖/‖reference‖ per token, mean and 95th percentile."""
     contexts, reference = contexts.double(), reference.double()
     cosine = torch.nn.functional.cosine_similarity(contexts, reference, dim=1)
-    difference = torch.linalg.vector_norm(contexts - reference, dim=1)
-    relative = difference / torch.linalg.vector_norm(reference, dim=1)
+    relative = relative_errors(contexts, reference)
     return {
         "cosine_mean": float(cosine.mean()),
         "cosine_min": float(cosine.min()),

@@ -7,9 +7,10 @@ puts out: D everywhere, or falling to D in the equal-decrease design.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,37 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return nullcontext()
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products as exact as their type: no autocast, no TF32, whatever the caller has set."""
+    matmuls: list[Any] = [
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    ]
+    if not hasattr(matmuls[0], "fp32_precision"):  # torch before 2.9: one setting for all
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
+        return
+    everywhere: Any = torch.backends
+    above = [everywhere.fp32_precision, everywhere.mkldnn.fp32_precision]
+    # What reads the same as the setting above it may be inherited, and is left to inherit.
+    before = [m.fp32_precision for m in matmuls]
+    back = ["none" if one == up else one for one, up in zip(before, above, strict=True)]
+    try:
+        for matmul in matmuls:
+            matmul.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for matmul, setting in zip(matmuls, back, strict=True):
+            matmul.fp32_precision = setting
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -81,6 +113,12 @@ class TokenInputs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def first(self, length: int) -> TokenInputs:
+        """The same for the first `length` positions; nothing is copied."""
+        part = copy.copy(self)
+        part.rows = self.rows[:length]
+        return part
+
     def dense(self, positions: Tensor | slice = slice(None)) -> Tensor:
         """e_t at `positions`: [B, n·E]."""
         return F.embedding(self.rows[positions], self.table).flatten(-2)
@@ -89,6 +127,15 @@ class TokenInputs:
 def normalised_rows(table: Tensor) -> Tensor:
     """[V, E] -> [V+1, E]: rows LayerNorm'ed without affine, and a row of zeros for "no token"."""
     return F.pad(F.layer_norm(table, table.shape[-1:]), (0, 0, 0, 1))
+
+
+class ContextLayer(NamedTuple):
+    """One layer of a ContextBlock as a step applies it."""
+
+    weight: Tensor  # [read, width]: the columns of c, transposed
+    bias: Tensor | None  # [width]; None where it came with the tokens' share
+    residual: nn.Module
+    norm: nn.LayerNorm
 
 
 class ContextBlock(nn.Module):
@@ -137,28 +184,46 @@ class ContextBlock(nn.Module):
     def token_weight(self) -> Tensor:
         """The columns of all layers' Linears that multiply e, stacked: [Σ, n·E]."""
         columns = [
-            linear.weight[:, -self.input_dim :] for linear, _, _, sees in self._layers() if sees
+            linear.weight[:, -self.input_dim :]
+            for linear, sees in zip(self._linears(), self.sees_tokens, strict=True)
+            if sees
         ]
         return torch.cat(columns)
 
-    def _layers(self) -> Iterator[tuple[nn.Linear, nn.Module, nn.LayerNorm, bool]]:
-        linears = cast(Iterable[nn.Linear], self.linears)
+    def token_bias(self) -> Tensor:
+        """The biases of those Linears: [Σ]. They travel with the tokens' share."""
+        layers = zip(self._linears(), self.sees_tokens, strict=True)
+        return torch.cat([linear.bias for linear, sees in layers if sees])
+
+    def _linears(self) -> Iterable[nn.Linear]:
+        return cast(Iterable[nn.Linear], self.linears)
+
+    def layers(self) -> list[ContextLayer]:
+        """What a step applies; ask once before a loop of many steps."""
         norms = cast(Iterable[nn.LayerNorm], self.norms)
-        return zip(linears, self.residuals, norms, self.sees_tokens, strict=True)
+        reads = [self.context_dim, *self.widths[:-1]]
+        return [
+            ContextLayer(linear.weight[:, :read].t(), None if sees else linear.bias, residual, norm)
+            for linear, read, sees, residual, norm in zip(
+                self._linears(), reads, self.sees_tokens, self.residuals, norms, strict=True
+            )
+        ]
 
     def share(self, inputs: Tensor) -> Tensor:
         """e [B, n·E] -> the tokens' share of every layer's product: [B, Σ share_widths]."""
-        return F.linear(inputs, self.token_weight())
+        return F.linear(inputs, self.token_weight(), self.token_bias())
 
-    def step(self, context: Tensor, share: Tensor) -> list[Tensor]:
+    def step(
+        self, context: Tensor, share: Tensor, layers: list[ContextLayer] | None = None
+    ) -> list[Tensor]:
         """One application to c [B, D] and the share: each layer's output [B, widths[i]]."""
         outputs = []
         shares = iter(share.split([w for w in self.share_widths if w], dim=-1))
-        for linear, residual, norm, sees in self._layers():
-            product = F.linear(context, linear.weight[:, : context.shape[-1]], linear.bias)
-            if sees:
-                product = product + next(shares)
-            context = norm(residual(context) + F.relu(product))
+        for layer in layers or self.layers():
+            bias = next(shares) if layer.bias is None else layer.bias
+            product = torch.addmm(bias, context, layer.weight)
+            kept = context if isinstance(layer.residual, nn.Identity) else layer.residual(context)
+            context = layer.norm(F.relu(product, inplace=True) + kept)
             outputs.append(context)
         return outputs
 
@@ -277,15 +342,16 @@ class CVFP(nn.Module):
         window: list[int] = [len(self.embedding)] * self.num_input_tokens
         table = normalised_rows(self.embedding)
         context_table = table if self.context_table is None else normalised_rows(self.context_table)
-        context = torch.zeros(self.context_block.context_dim, device=device)
+        context = torch.zeros(1, self.context_block.context_dim, device=device)
         for position in range(len(tokens) + max_new_tokens - 1):
             window = [*window[1:], tokens[position]]
             rows = torch.tensor(window, device=device)
-            outputs = self.context_block(context, context_table[rows].flatten())
+            outputs = self.context_block(context, context_table[rows].flatten()[None])
             context = outputs[-1]
             if position + 1 < len(tokens):
                 continue
-            logits = self.logits(self.token_block(outputs, table[rows].flatten())).float().cpu()
+            hidden = self.token_block(outputs, table[rows].flatten()[None])
+            logits = self.logits(hidden)[0].float().cpu()
             if temperature == 0:
                 tokens.append(int(logits.argmax()))
             else:

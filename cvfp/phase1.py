@@ -8,7 +8,7 @@ one Adam step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,10 @@ from cvfp.model import ContextBlock, TokenInputs, autocast
 
 INITIAL_STD = 0.01
 QUANTILES = (0.1, 0.5, 0.9)
+# Note 004's rules for giving up: judged once, at this iteration.
+ABORT_ITERATION = 20
+ABORT_SINCE = 15
+ABORT_RANK = 0.70
 
 
 @dataclass
@@ -31,13 +35,36 @@ class Phase1:
         converged: fraction of tokens whose mean squared change was under the threshold.
         history: one dict per iteration from 2 on: iteration, loss, change (mean squared),
             diversity (‖C − mean‖_F / tokens, mean over groups), converged, and the 10, 50 and
-            90 % quantiles of the tokens' changes.
+            90 % quantiles of the tokens' changes; at iteration 20 also what the probe found.
+        aborted: why Phase 1 gave up, where it was allowed to and did.
     """
 
     contexts: Tensor
     iterations: int
     converged: float
     history: list[dict[str, float]] = field(default_factory=list)
+    aborted: str | None = None
+
+
+def abort_reason(history: Sequence[Mapping[str, float]]) -> str | None:
+    """Which of note 004's rules say at iteration 20 that Phase 1 should be given up; None: none do.
+
+    They are: effective rank of the validation contexts under 70 %; no more tokens converged than at
+    iteration 15; a loss no lower than the first. A Phase 1 that ended sooner is never given up.
+    """
+    rows = {int(row["iteration"]): row for row in history}
+    now, since = rows.get(ABORT_ITERATION), rows.get(ABORT_SINCE)
+    if now is None or since is None:
+        return None
+    said = []
+    rank = now.get("val_er")
+    if rank is not None and rank < ABORT_RANK:
+        said.append(f"effective rank {rank:.1%} under {ABORT_RANK:.0%}")
+    if now["converged"] <= since["converged"] and now["converged"] < 1:
+        said.append(f"converged tokens {since['converged']:.1%} -> {now['converged']:.1%}")
+    if now["loss"] >= history[0]["loss"]:
+        said.append(f"loss {history[0]['loss']:.4g} -> {now['loss']:.4g}")
+    return "; ".join(said) or None
 
 
 def group_loss(
@@ -57,6 +84,7 @@ def train(
     experiment: Experiment,
     generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda row: None,
+    probe: Callable[[], dict[str, float]] = dict,
 ) -> Phase1:
     """Train `block` in place until its contexts over the stream stop changing.
 
@@ -65,6 +93,7 @@ def train(
         experiment: its `phase1` fields, and the precision of the products; contexts are float32.
         generator: on the device of the block; draws the initial contexts and the noise.
         report: called with each row of the history.
+        probe: called once, after iteration 20 if there is one; what it returns joins that row.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -122,12 +151,18 @@ def train(
                 f"Phase 1 is not finite at iteration {iteration}: {row}; "
                 "a smaller phase1_learning_rate would be accepted"
             )
+        if iteration == ABORT_ITERATION:
+            row |= probe()
         result.history.append(row)
         result.iterations, result.converged = iteration, row["converged"]
         report(row)
         done = row["converged"] >= experiment.convergence_rate
         if done and iteration >= experiment.phase1_min_iterations:
             break
+        if experiment.phase1_abort and iteration == ABORT_ITERATION:
+            result.aborted = abort_reason(result.history)
+            if result.aborted is not None:
+                break
     result.contexts = contexts
     return result
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 # A purpose has a stream of its own: drawing more for one changes none of the others.
-PURPOSES = ("context_block", "phase1", "token_block", "batches", "embedding")
-Purpose = Literal["context_block", "phase1", "token_block", "batches", "embedding"]
+PURPOSES = ("context_block", "phase1", "token_block", "batches", "embedding", "gap")
+Purpose = Literal["context_block", "phase1", "token_block", "batches", "embedding", "gap"]
 
 
 def generator(seed: int, purpose: Purpose, device: str = "cpu") -> torch.Generator:

@@ -22,8 +22,8 @@ from torch import Tensor
 from cvfp import cache
 from cvfp.config import Experiment
 
-PHASE1_CODE = ("data", "embeddings", "model", "phase1", "seeds")
-RUN_CODE = (*PHASE1_CODE, "contexts", "phase2", "metrics", "baselines", "experiment")
+PHASE1_CODE = ("data", "embeddings", "model", "phase1", "seeds", "contexts", "metrics")
+RUN_CODE = (*PHASE1_CODE, "phase2", "baselines", "experiment")
 
 MODEL_BYTES = 50_000_000
 # Phase 1's contexts are large and can be made again: the least recently used go first.

@@ -64,7 +64,7 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
 def _figures(result: Result, grid: Iterable[str]) -> dict[str, float]:
     values = {name: getattr(result.experiment, name) for name in grid}
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    return {**numbers, "val_ppl": result.val_ppl}
+    return numbers if result.val_ppl is None else {**numbers, "val_ppl": result.val_ppl}
 
 
 def _run_one(experiment: Experiment) -> Result:

@@ -11,7 +11,17 @@ from conftest import tiny_experiment
 from torch import Tensor
 
 import cvfp
-from cvfp import Experiment, ParameterError, Result, Results, data, phase2, sweep
+from cvfp import (
+    Experiment,
+    ParameterError,
+    Result,
+    Results,
+    contexts,
+    data,
+    phase1,
+    phase2,
+    sweep,
+)
 from cvfp.experiment import build, column_docs
 from cvfp.model import CVFP
 
@@ -347,7 +357,7 @@ def test_state_stays_one_context_and_n_tokens(tiny: Experiment) -> None:
     prompt = "how are you today?"
     length = len(model.tokenizer.encode([prompt]).tokens)
     model.generate(prompt, 30)
-    assert set(shapes) == {((16,), (32,))}
+    assert set(shapes) == {((1, 16), (1, 32))}
     assert len(shapes) == length + 29
 
 
@@ -390,3 +400,60 @@ def test_generate_needs_a_tokeniser(tiny: Experiment) -> None:
     model.tokenizer = None
     with pytest.raises(ValueError, match=r"^tokenizer: got None"):
         model.generate("hello")
+
+
+def test_an_aborted_run_has_no_perplexity_and_is_another_run(tiny: Experiment) -> None:
+    # So much noise that nothing converges: note 004's rules give such a Phase 1 up.
+    hopeless = tiny.replace(phase1_noise=3.0, phase1_max_iterations=25)
+    full = cvfp.run(hopeless)
+    assert full.aborted is None
+    assert full.phase1_iterations == 25
+    assert full.val_ppl is not None
+    aborted = cvfp.run(hopeless.replace(phase1_abort=True))
+    assert aborted.key != full.key
+    assert aborted.phase1_iterations == phase1.ABORT_ITERATION
+    assert aborted.aborted == phase1.abort_reason(full.phase1_history)
+    assert aborted.aborted
+    assert (aborted.val_ppl, aborted.best_epoch, aborted.phase2_history) == (None, None, [])
+    again = cvfp.run(hopeless.replace(phase1_abort=True))
+    assert again.from_store
+    assert again.aborted == aborted.aborted
+    frame = Results([full, aborted]).frame()
+    assert frame.val_ppl.notna().tolist() == [True, False]
+    # What is given up is judged by the exact validation contexts of that moment.
+    at = {int(row["iteration"]): row for row in aborted.phase1_history}
+    assert at[phase1.ABORT_ITERATION]["val_er"] == pytest.approx(aborted.val_er)
+    assert "val_er" not in at[phase1.ABORT_ITERATION - 1]
+
+
+def test_the_rules_for_giving_up() -> None:
+    def history(**changed: float) -> list[dict[str, float]]:
+        rows = [
+            {"iteration": float(i), "loss": 1.0 - i / 100, "converged": i / 40}
+            for i in range(2, 21)
+        ]
+        rows[-1] |= {"val_er": 0.75, **changed}
+        return rows
+
+    assert phase1.abort_reason(history()) is None
+    assert "rank 69.0%" in str(phase1.abort_reason(history(val_er=0.69)))
+    assert phase1.abort_reason(history(val_er=0.70)) is None
+    assert "converged" in str(phase1.abort_reason(history(converged=15 / 40)))
+    assert "loss" in str(phase1.abort_reason(history(loss=0.98)))
+    assert phase1.abort_reason(history(val_er=0.1)[:-1]) is None
+
+
+def test_result_says_how_the_recurrence_forgets(tiny: Experiment) -> None:
+    result = cvfp.run(tiny)
+    assert result.contraction_rate is not None
+    assert 0 < result.contraction_rate < 1
+    assert result.memory_length is not None
+    assert 1 <= result.memory_length < 256
+    assert result.context_error is not None
+    assert result.context_error < 1e-2
+    model = result.model()
+    inputs = model.context_inputs(data.load(tiny).validation.tokens)
+    exact = contexts.evaluate(model.context_block, inputs, method="sequential").values
+    found = contexts.diagnose(model.context_block, inputs, exact)
+    assert found.memory_length == result.memory_length
+    assert found.contraction_rate == pytest.approx(result.contraction_rate, rel=1e-3)

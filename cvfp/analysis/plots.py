@@ -11,10 +11,18 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
+from cvfp.analysis import stopping
 from cvfp.analysis.scaling import PowerLaw
 from cvfp.experiment import Result
+from cvfp.gap import AS_LEFT, CAUSES, Gap
 
 # Okabe & Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
@@ -218,3 +226,327 @@ def _plain_log(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
+    """Parallel against exact contexts: cosine along the stream, and the error by cause.
+
+    Args:
+        published: the note's table of positions, drawn beside where given.
+    """
+    figure, (left, right) = _figure(2, 10.5, 4.2)
+    along = gap.along
+    mean, worst = 1 - along.cosine, 1 - along.cosine_min
+    left.fill_between(along.position, mean, worst, color=SKY, alpha=0.35)
+    left.plot(along.position, mean, color=BLUE, label="measured: mean; band up to the worst")
+    if published is not None:
+        places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
+        left.plot(
+            [places[name] for name in published.position],
+            1 - published.cosine,
+            color=RED,
+            marker="D",
+            linestyle="",
+            label="published: first, middle, last 100",
+        )
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="position in the stream (token)",
+        ylabel="1 − cosine with the exact context",
+        title="Distance along the stream",
+    )
+    left.legend(fontsize=8, loc="upper right")
+    rows = gap.agreement
+    causes = [name for name in CAUSES if name in rows.index]
+    names = [AS_LEFT, *(CAUSES[name] for name in causes)]
+    values = [rows.mse[AS_LEFT], *(rows.mse[name] for name in causes)]
+    right.barh(names, values, color=[BLUE] + [SKY] * len(causes))
+    right.invert_yaxis()
+    right.bar_label(
+        right.containers[0],  # type: ignore[arg-type]
+        labels=[f" {value:.1e}" for value in values],
+        fontsize=8,
+    )
+    right.set(
+        xlabel="mean squared error against the exact contexts",
+        title="Where the difference comes from",
+        xlim=(0, max(values) * 1.22),
+    )
+    right.xaxis.set_major_locator(MaxNLocator(4))
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def forgetting(gap: Gap) -> Figure:
+    """Error against the window's length, and how sweeps converge."""
+    figure, (left, right) = _figure(2, 10.5, 4.2)
+    windows, memory = gap.windows, gap.recurrence.memory_length
+    left.plot(windows.tokens, windows.relative_error_mean, color=BLUE, label="mean over tokens")
+    left.plot(
+        windows.tokens, windows.relative_error_max, color=SKY, linestyle="--", label="worst token"
+    )
+    left.axhline(0.01, color=RED, linestyle=":", label="1 %")
+    if memory is not None:
+        left.axvline(memory, color=RED, linestyle=":")
+        left.annotate(
+            f"memory length {memory} tokens",
+            (memory, left.get_ylim()[1]),
+            xytext=(5, -14),
+            textcoords="offset points",
+            color=RED,
+            fontsize=8,
+        )
+    left.set(
+        yscale="log",
+        xlabel="window: tokens since the context was zero",
+        ylabel="relative error",
+        title="What a window of k tokens misses",
+    )
+    left.legend(fontsize=8)
+    right.plot(
+        windows.tokens,
+        windows.residual,
+        color=ORANGE,
+        label="sweeps from zeros: largest change of a sweep",
+    )
+    right.plot(
+        gap.clean.sweep,
+        gap.clean.relative_error_mean,
+        color=BLUE,
+        linestyle="--",
+        label="clean sweeps from Phase 1's contexts: mean error",
+    )
+    blocks = [residual["relative"] for residual in gap.exact.residuals]
+    right.plot(
+        range(1, len(blocks) + 1),
+        blocks,
+        color=GREEN,
+        marker="D",
+        label="blocks: largest change of a start",
+    )
+    right.set(
+        yscale="log",
+        ylim=(None, 300),  # room for the legend
+        xlabel="sweep",
+        ylabel="relative residual or error",
+        title="Convergence",
+    )
+    right.legend(fontsize=8)
+    return figure
+
+
+def times(frame: pd.DataFrame) -> Figure:
+    """Seconds against tokens: step by step, in blocks, and one shifted pass."""
+    figure, (axes,) = _figure(1, 6.5, 4)
+    for column, color, marker, label in (
+        ("sequential", RED, "s", "step by step (exact)"),
+        ("blocks", BLUE, "o", "blocks (exact)"),
+        ("shifted", GREEN, "^", "one shifted pass over given contexts (published)"),
+    ):
+        rows = frame[frame[column].notna()]
+        axes.plot(rows.tokens, rows[column], color=color, marker=marker, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="Time")
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def by_seed(frame: pd.DataFrame, field: str, labels: Mapping[str, str]) -> Figure:
+    """Perplexity of each seed under two or more values of a field, joined by seed."""
+    figure, (axes,) = _figure(1, 5.5, 3.8)
+    places = {value: place for place, value in enumerate(labels)}
+    for seed, rows in frame.groupby("seed"):
+        rows = rows.set_index(field).loc[list(labels)]
+        axes.plot(
+            [places[value] for value in rows.index],
+            rows.val_ppl,
+            color=GREY,
+            marker="o",
+            linewidth=1,
+            label=f"seed {seed}",
+        )
+        axes.annotate(
+            f"{seed}",
+            (len(labels) - 1, rows.val_ppl.iloc[-1]),
+            xytext=(8, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xticks(list(places.values()), list(labels.values()))
+    axes.set(
+        xlim=(-0.4, len(labels) - 0.6),
+        ylabel="validation perplexity",
+        title="One line a seed (its number at the right)",
+    )
+    return figure
+
+
+def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figure:
+    """Validation perplexity by epoch, one panel a size, and where each patience stops."""
+    figure, axes = _figure(len(results), max(4.2, 3.6 * len(results)), 3.6)
+    for one, result in zip(axes, results, strict=True):
+        history = pd.DataFrame(result.phase2_history)
+        one.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", markersize=4)
+        table = stopping.replay(result, patiences)
+        for place, (patience, color, marker) in enumerate(
+            zip(patiences, (RED, ORANGE, GREEN, PINK), "sD^v", strict=False)
+        ):
+            row = table.loc[patience]
+            one.plot(
+                row.best_epoch,
+                row.val_ppl * (1 + 0.012 * (place + 1)),
+                color=color,
+                marker=marker,
+                linestyle="",
+                label=f"kept with patience {patience}",
+            )
+        one.set(
+            xlabel="epoch",
+            ylabel="validation perplexity",
+            title=f"{result.experiment.samples} conversations",
+        )
+        one.legend(fontsize=8)
+    return figure
+
+
+def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
+    """Perplexity against tokens with every form of law, drawn on to ten times the data."""
+    figure, (axes,) = _figure(1, 6.8, 4.2)
+    axes.plot(
+        frame.train_tokens, frame.val_ppl, color=GREY, marker="o", linestyle="", label="measured"
+    )
+    low, high = float(frame.train_tokens.min()), float(frame.train_tokens.max())
+    along = np.geomspace(low, 10 * high, 100)
+    for (name, law), color, line in zip(
+        fits.items(), (BLUE, RED, GREEN), ("-", "--", "-."), strict=False
+    ):
+        axes.plot(along, law.predict(along), color=color, linestyle=line, label=name)
+    axes.axvspan(high, 10 * high, color=GREY, alpha=0.12)
+    axes.annotate(
+        "beyond the data",
+        (high, axes.get_ylim()[0]),
+        xytext=(6, 6),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    _plain_log(axes.yaxis)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: bool) -> Figure:
+    """Several kinds of run against training tokens: perplexity, and effective rank beside it.
+
+    Args:
+        names: for every kind the fields that pick its rows, by the name to show.
+        rank: draw the effective rank of held-out contexts in a second panel.
+    """
+    figure, axes = _figure(2 if rank else 1, 10 if rank else 6, 4)
+    for (name, fields), color, marker in zip(
+        names.items(), (BLUE, RED, GREEN, ORANGE), "osD^", strict=False
+    ):
+        rows = frame[np.logical_and.reduce([frame[k] == v for k, v in fields.items()])]
+        grouped = rows.groupby("samples")
+        tokens = grouped.train_tokens.first()
+        axes[0].plot(tokens, grouped.val_ppl.mean(), color=color, label=name)
+        axes[0].plot(rows.train_tokens, rows.val_ppl, color=color, marker=marker, linestyle="")
+        if rank:
+            axes[1].plot(tokens, 100 * grouped.val_er.mean(), color=color, label=name)
+            axes[1].plot(
+                rows.train_tokens, 100 * rows.val_er, color=color, marker=marker, linestyle=""
+            )
+    axes[0].set(xscale="log", yscale="log", ylabel="validation perplexity", title="Perplexity")
+    _plain_log(axes[0].yaxis)
+    if rank:
+        axes[1].set(xscale="log", ylabel="effective rank, % of D", title="Effective rank")
+    for one in axes:
+        one.set(xlabel="training tokens")
+        one.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        one.xaxis.set_minor_formatter(NullFormatter())
+        one.legend(fontsize=8)
+    return figure
+
+
+def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
+    """Training and validation perplexity by epoch, one line a run."""
+    figure, (axes,) = _figure(1, 7.5, 4)
+    colors = (BLUE, RED, GREEN, ORANGE, PINK, SKY)
+    for result, name, color in zip(results, names, colors, strict=False):
+        history = pd.DataFrame(result.phase2_history)
+        axes.plot(history.epoch, history.val_ppl, color=color, marker="o", label=name)
+        axes.plot(history.epoch, history.train_ppl, color=color, linestyle=":")
+    axes.plot([], [], color=GREY, linestyle=":", label="training (while learning)")
+    axes.set(yscale="log", xlabel="epoch", ylabel="perplexity", title="Phase 2 by learning rate")
+    _plain_log(axes.yaxis)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def correlations(matrix: pd.DataFrame) -> Figure:
+    """A correlation matrix as a heat map."""
+    figure, (axes,) = _figure(1, 7.4, 6)
+    sns.heatmap(
+        matrix,
+        ax=axes,
+        vmin=-1,
+        vmax=1,
+        cmap="RdBu_r",
+        annot=True,
+        fmt=".2f",
+        annot_kws={"fontsize": 8},
+        cbar_kws={"label": "Pearson's r"},
+        square=True,
+    )
+    axes.set(xlabel="", ylabel="", title="Correlations over the runs")
+    axes.tick_params(axis="x", rotation=45)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+    return figure
+
+
+def alpha_rank(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """α against effective rank, one point a configuration: measured, and published."""
+    figure, (left, right) = _figure(2, 10, 4)
+    left.errorbar(
+        100 * measured.val_er,
+        measured.alpha,
+        yerr=measured.alpha_error,
+        color=BLUE,
+        marker="o",
+        linestyle="",
+        ecolor=SKY,
+    )
+    left.set_title("Measured here (bars: standard error)")
+    right.plot(published.val_er, published.alpha, color=RED, marker="D", linestyle="")
+    right.set_title("Published (note 004)")
+    for one in (left, right):
+        one.set(xlabel="effective rank of held-out contexts, % of D", ylabel="α")
+    return figure
+
+
+def rule_scores(scores: pd.DataFrame) -> Figure:
+    """How often each rule was right, beside how often chance would have been."""
+    rows = scores[scores.hit_rate.notna()]
+    figure, (axes,) = _figure(1, 8, 0.8 + 0.5 * max(1, len(rows)))
+    places = np.arange(len(rows))
+    axes.barh(places, rows.hit_rate.astype(float), color=SKY, height=0.55, label="rule")
+    axes.plot(
+        rows.base_rate.astype(float),
+        places,
+        color=RED,
+        marker="|",
+        markersize=18,
+        markeredgewidth=3,
+        linestyle="",
+        label="chance",
+    )
+    axes.set_yticks(places, rows.rule)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="right, of the runs it calls")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure

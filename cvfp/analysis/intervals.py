@@ -1,0 +1,133 @@
+"""Differences between runs that share seeds and held-out conversations, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from cvfp.experiment import Result
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How much the perplexity of one set of runs differs from another's.
+
+    Attributes:
+        change: relative change of perplexity, first against second: exp of the mean difference of
+            nats per token, minus 1. Under 0: the first is better.
+        low, high: its 95 % interval, over seeds and conversations; None with fewer than two of
+            either.
+        seeds, conversations: how many of each were paired.
+        by_seed: the change of each seed.
+        seed_share: share of the variance that is due to the seeds; None without an interval.
+    """
+
+    change: float
+    low: float | None
+    high: float | None
+    seeds: int
+    conversations: int
+    by_seed: tuple[float, ...]
+    seed_share: float | None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the interval, in units of relative change; None without one."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.95) -> Paired:
+    """Compare runs seed by seed and conversation by conversation.
+
+    Both vary by chance: another seed would train another model, other conversations would judge it
+    otherwise. The mean over both has the variance of the seeds' means plus that of the
+    conversations' (each holds a share of what they vary by together, which is thus counted twice:
+    the interval errs on the wide side). Student's t, degrees of freedom by Satterthwaite.
+
+    Args:
+        first, second: as many runs of the one as of the other, one per seed, with the same seeds
+            and the same held-out conversations.
+
+    Raises:
+        ValueError: the seeds or the conversations differ.
+    """
+    ours = {result.experiment.seed: result for result in first}
+    theirs = {result.experiment.seed: result for result in second}
+    if not ours or ours.keys() != theirs.keys() or len(ours) < len(first):
+        raise ValueError(
+            f"first, second: got seeds {[r.experiment.seed for r in first]} and "
+            f"{[r.experiment.seed for r in second]}; accepted: the same seeds, each once"
+        )
+    pairs = [(ours[seed].val_conversations, theirs[seed].val_conversations) for seed in ours]
+    tokens = np.array([one["tokens"] for one in pairs[0][0]])
+    for runs in pairs:
+        for run in runs:
+            if [one["tokens"] for one in run] != tokens.tolist():
+                raise ValueError("first, second: judged on different held-out conversations")
+    # [seeds, conversations]: difference in nats
+    nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
+    return _paired(nats, tokens, level)
+
+
+def _paired(nats: np.ndarray, tokens: np.ndarray, level: float) -> Paired:
+    mean, low, high, share = crossed(nats, tokens, level)
+    return Paired(
+        change=math.expm1(mean),
+        low=None if low is None else math.expm1(low),
+        high=None if high is None else math.expm1(high),
+        seeds=nats.shape[0],
+        conversations=nats.shape[1],
+        by_seed=tuple(float(x) for x in np.expm1(nats.sum(axis=1) / tokens.sum())),
+        seed_share=share,
+    )
+
+
+def crossed(
+    nats: np.ndarray, tokens: np.ndarray, level: float
+) -> tuple[float, float | None, float | None, float | None]:
+    """Mean nats per token over seeds and conversations, its interval, and the seeds' share of its
+    variance; None for the last three with fewer than two of either. See `paired`.
+
+    Args:
+        nats: [seeds, conversations], any sum over runs that is linear in their nats.
+        tokens: [conversations].
+    """
+    count, conversations = nats.shape
+    by_seed = nats.sum(axis=1) / tokens.sum()
+    mean = float(by_seed.mean())
+    if count < 2 or conversations < 2:
+        return mean, None, None, None
+    over_seeds = float(by_seed.var(ddof=1)) / count
+    # A ratio estimator: conversations count by their tokens.
+    rest = nats.mean(axis=0) - mean * tokens
+    over_conversations = float(
+        (rest**2).sum() / tokens.sum() ** 2 * conversations / (conversations - 1)
+    )
+    variance = over_seeds + over_conversations
+    freedom = (
+        variance**2 / (over_seeds**2 / (count - 1) + over_conversations**2 / (conversations - 1))
+        if variance > 0
+        else 1.0
+    )
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+    return mean, mean - half, mean + half, over_seeds / variance if variance > 0 else None
+
+
+def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean of independent values (one a seed, say) with Student's t interval; None for one value.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"values: got {list(values)}; accepted: finite numbers, at least one")
+    centre = float(array.mean())
+    if array.size == 1:
+        return centre, None, None
+    half = float(stats.t.ppf((1 + level) / 2, array.size - 1)) * float(stats.sem(array))
+    return centre, centre - half, centre + half
