@@ -180,7 +180,7 @@ LENGTHS = [None, 1, 7, 32, 500]
 def test_any_stream_length_and_block_length(length: int | None) -> None:
     block, e = make_block(1, scale=3), stream(200).dense()
     wanted = loop(block, e)
-    for total in range(1, 201, 1 if length is None else 3):
+    for total in range(1, 201, {None: 1, 1: 11}.get(length, 5)):
         made = contexts.evaluate(block, e[:total], tol=1e-13, block_length=length)
         assert made.converged, total
         assert largest(made.values - wanted[:total]) < 1e-11, total
@@ -215,6 +215,49 @@ def test_k_jacobi_sweeps_see_k_tokens(k: int) -> None:
         assert largest(made.values[t] - wanted) < 1e-12
 
 
+def test_jacobi_residuals_are_the_largest_changes() -> None:
+    block, e = make_block(2), stream(30).dense()
+    before = torch.zeros(30, D).double()
+    for k in (1, 2, 3, 4):
+        made = contexts.evaluate(block, e, method="jacobi", max_sweeps=k)
+        moved = (made.values - before).norm(dim=1)
+        assert made.residuals[-1] == pytest.approx(
+            dict(absolute=float(moved.max()), relative=error(before, made.values))
+        )
+        before = made.values
+
+
+def test_the_first_sweeps_of_blocks_are_as_described() -> None:
+    """The last 32 tokens of each block from zeros, then all blocks from the states this gives."""
+    block, e = make_block(2), stream(190).dense()
+    cuts = range(40, 190, 40)
+    warm = torch.stack([loop(block, e[cut - 32 : cut])[-1] for cut in cuts])
+    whole = [loop(block, e[:40])] + [
+        loop(block, e[cut : cut + 40], start) for cut, start in zip(cuts, warm, strict=True)
+    ]
+    handed = torch.stack([rows[-1] for rows in whole[:-1]])
+    made = contexts.evaluate(block, e, block_length=40, max_sweeps=2)
+    assert largest(made.values - torch.cat(whole)) < 1e-12
+    first, second = made.residuals
+    assert first == pytest.approx(dict(absolute=float(warm.norm(dim=1).max()), relative=1))
+    assert second["absolute"] == pytest.approx(float((handed - warm).norm(dim=1).max()))
+    assert second["relative"] == pytest.approx(error(warm, handed))
+
+
+@pytest.mark.parametrize("total", [38, 40])
+def test_what_is_final_is_not_run_again(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chaotic block, in five blocks: every sweep makes one final, and runs those after it."""
+    block, e = make_block(6, every=False), stream(total).dense()
+    rows, step = [], ContextBlock.step
+    monkeypatch.setattr(
+        ContextBlock, "step", lambda self, c, *given: rows.append(len(c)) or step(self, c, *given)
+    )
+    made = contexts.evaluate(block, e, block_length=8, tol=1e-12)
+    assert made.converged
+    assert made.sweeps == 5
+    assert sum(rows) == 8 * (5 + 4 + 3 + 2 + 1) - 5 * (40 - total)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize("share", ["product", "sliced", "computed"])
@@ -222,7 +265,7 @@ def test_every_way_to_the_shares_gives_the_same(
     share: str, every: bool, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table's product, taken once; or shares computed for a few positions, or for many."""
-    block, inputs = make_block(3, n, every), stream(90, n)
+    block, inputs = make_block(3, n, every), stream(60, n)
     e = inputs.dense()
     wanted, calls = loop(block, e), []
     if share == "product":
@@ -306,7 +349,8 @@ def test_values_that_are_not_finite_never_converge(method: contexts.Method, valu
     for spoil in SPOILT:
         block, e = make_block(3, every=False), stream(90).dense()
         spoil(block, e, value)
-        for most, length in itertools.product((3, None), (7, 40, 200)):
+        lengths = (7, 40, 200) if method == "blocks" else (None,)
+        for most, length in itertools.product((3, None), lengths):
             made = contexts.evaluate(block, e, method=method, max_sweeps=most, block_length=length)
             assert not made.converged
             assert not math.isfinite(float(made.values.sum()))
@@ -325,7 +369,7 @@ def forgetful() -> list[tuple[ContextBlock, Tensor, Tensor]]:
         (1, 3, 6), (True, False), (True, False), (0.5, 1.0, 2.0)
     ):
         block = make_block(layers, 2, every, trained=trained, scale=scale)
-        e = stream(400, 2).dense()
+        e = stream(300, 2).dense()
         wanted = contexts.evaluate(block, e, method="sequential").values
         nudge = torch.full((D,), 1e-13, dtype=torch.float64)
         nudged = contexts.evaluate(block, e, method="sequential", initial=nudge).values
@@ -339,9 +383,9 @@ ROUNDING = 1e-11
 
 
 @pytest.mark.parametrize("tol", [1e-5, 1e-3])
-@pytest.mark.parametrize("length", [7, 40, 64])
+@pytest.mark.parametrize("length", [7, 40])
 def test_no_error_is_larger_than_its_bound(length: int, tol: float) -> None:
-    for (block, e, wanted), most in itertools.product(forgetful(), (2, 3, 4, None)):
+    for (block, e, wanted), most in itertools.product(forgetful(), (3, None)):
         made = contexts.evaluate(block, e, tol=tol, max_sweeps=most, block_length=length)
         assert error(made.values, wanted) <= made.error_bound + ROUNDING
         # Around `tol`, unless blocks are too short to forget in.
@@ -351,7 +395,7 @@ def test_no_error_is_larger_than_its_bound(length: int, tol: float) -> None:
 
 @pytest.mark.parametrize("tol", [1e-5, 1e-9])
 def test_no_error_of_jacobi_is_larger_than_its_bound(tol: float) -> None:
-    for (block, e, wanted), most in itertools.product(forgetful()[::3], (5, 40, None)):
+    for (block, e, wanted), most in itertools.product(forgetful()[::3], (40, None)):
         made = contexts.evaluate(block, e, method="jacobi", tol=tol, max_sweeps=most)
         assert error(made.values, wanted) <= made.error_bound + ROUNDING
         assert made.converged or most
@@ -370,7 +414,10 @@ def test_the_loop_and_a_lone_block_have_no_error() -> None:
     block, e = make_block(2), stream(60).dense()
     made = contexts.evaluate(block, e, method="sequential")
     assert (made.residuals, made.sweeps, made.converged, made.error_bound) == ([], 1, True, 0)
-    assert contexts.evaluate(block, e).error_bound == 0  # of 60 tokens, one block is made
+    for total, sweeps in ((96, 1), (97, 2)):  # one block, and two
+        made = contexts.evaluate(block, stream(total), max_sweeps=2)
+        assert made.sweeps == sweeps
+        assert made.converged == (made.error_bound == 0) == (sweeps == 1)
 
 
 # --- Diagnosis -----------------------------------------------------------------------------------
@@ -393,7 +440,6 @@ def lyapunov(block: ContextBlock, e: Tensor, values: Tensor) -> float:
     [
         (make_block(2), False),
         (make_block(6, 2, trained=True), False),
-        (make_block(2, every=False), False),
         (make_block(5, every=False), True),
         (make_block(6, every=False, scale=1.5), True),
     ],

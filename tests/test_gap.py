@@ -515,6 +515,11 @@ def test_lengths_that_the_stream_does_not_have_are_refused(lengths: list[int]) -
     assert (caught.value.parameter, caught.value.value) == ("lengths", lengths)
 
 
+def test_one_token_and_the_whole_stream_are_lengths() -> None:
+    block, inputs, _ = random_block()
+    assert gap.times(block, inputs, [23, 1], repeats=1).tokens.tolist() == [23, 1]
+
+
 # Times: what is timed and what is missing, not how long it takes
 
 

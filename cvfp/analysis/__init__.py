@@ -1,5 +1,5 @@
 """Reads finished runs; trains nothing."""
 
-from cvfp.analysis import intervals, plots, published, scaling, tables
+from cvfp.analysis import intervals, plots, prediction, published, scaling, stopping, tables
 
-__all__ = ["intervals", "plots", "published", "scaling", "tables"]
+__all__ = ["intervals", "plots", "prediction", "published", "scaling", "stopping", "tables"]
