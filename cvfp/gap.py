@@ -9,6 +9,7 @@ measured against the exact contexts.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -214,13 +215,13 @@ def times(
         blocks, made = _timed(partial(contexts.evaluate, block, piece), repeats)
         zeros = torch.zeros_like(made.values[0])
         shifted, _ = _timed(partial(sweep, block, piece, made.values, before=zeros), repeats)
-        row = {"tokens": length, "sequential": None, "shifted": shifted, "blocks": blocks}
+        row = dict(tokens=length, sequential=None, shifted=shifted, blocks=blocks, difference=None)
         if length <= longest_sequential:
             step_by_step = partial(contexts.evaluate, block, piece, method="sequential")
             row["sequential"], oracle = _timed(step_by_step, 1)
             row["difference"] = metrics.relative_errors(made.values, oracle.values).max().item()
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"sequential": float, "difference": float})
 
 
 def _timed(call: Callable[[], Made], repeats: int) -> tuple[float, Made]:
@@ -241,9 +242,10 @@ def _weights(block: ContextBlock) -> dict[str, Tensor]:
 
 def _along(made: Tensor, right: Tensor) -> pd.DataFrame:
     """Cosine in bins of position, of equal width on a log axis from 1 on."""
-    cosine = torch.nn.functional.cosine_similarity(made, right, dim=1).double().cpu()
-    edges = torch.logspace(0, torch.log10(torch.tensor(float(len(made) + 1))), BINS + 1)
-    edges = edges.long().unique() - 1
+    made, right = made.double(), right.double()
+    cosine = torch.nn.functional.cosine_similarity(made, right, dim=1).cpu()
+    edges = torch.logspace(0, math.log10(len(made) + 1), BINS + 1, dtype=torch.float64)
+    edges = edges.round(decimals=6).long().unique() - 1
     rows = []
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         piece = cosine[low:high]

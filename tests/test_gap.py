@@ -327,7 +327,6 @@ def test_bins_along_the_stream_have_their_mean_and_least_cosine(any_case: Case) 
     assert widths[-1] == widths.max()
 
 
-@pytest.mark.xfail(strict=True, reason="edges in float32: the last one can round down to T - 1")
 @pytest.mark.parametrize("total", [300, 342, 3856])
 def test_bins_along_the_stream_hold_every_token(total: int) -> None:
     values = torch.randn(total, 4, generator=torch.Generator().manual_seed(1))
@@ -540,7 +539,6 @@ def test_no_loop_at_all_leaves_only_nulls(noisy: Case) -> None:
     assert frame.sequential.isna().all()
 
 
-@pytest.mark.xfail(strict=True, reason="the column `difference` is missing where no loop was run")
 def test_tables_take_times_without_any_loop(noisy: Case) -> None:
     frame = gap.times(noisy.block, noisy.inputs, [90], repeats=1, longest_sequential=89)
     assert frame.difference.isna().all()
@@ -768,7 +766,6 @@ def test_reading_says_where_the_least_cosine_is(noisy: Case) -> None:
         assert f"The least cosine, 0.500, {words}" in tables.parallel_reading(changed, TIMED, SURE)
 
 
-@pytest.mark.xfail(strict=True, reason="`along` is float32, `agreement` float64: they differ")
 def test_reading_finds_the_least_cosine_at_the_first_token(noisy: Case) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(20):

@@ -317,14 +317,11 @@ def test_runs_given_up_are_no_pair_of_others() -> None:
             paired(*sets)
 
 
-@pytest.mark.xfail(strict=True, reason="only the first set is checked for repeated seeds")
 def test_repeated_seeds_of_the_second_are_refused() -> None:
     with pytest.raises(ValueError, match="each once"):
         paired([run(0), run(1)], [run(0), run(1), run(1)])
 
 
-@pytest.mark.xfail(strict=True, reason="without conversations the change is NaN, and says nothing")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_runs_without_a_perplexity_are_refused() -> None:
     given_up = [run(0, np.array([])), run(1, np.array([]))]
     with pytest.raises(ValueError, match="first, second"):

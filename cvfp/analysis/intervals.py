@@ -53,11 +53,11 @@ def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.9
             and the same held-out conversations.
 
     Raises:
-        ValueError: the seeds or the conversations differ.
+        ValueError: the seeds or the conversations differ, or there are none.
     """
     ours = {result.experiment.seed: result for result in first}
     theirs = {result.experiment.seed: result for result in second}
-    if not ours or ours.keys() != theirs.keys() or len(ours) < len(first):
+    if not ours or ours.keys() != theirs.keys() or not len(ours) == len(first) == len(second):
         raise ValueError(
             f"first, second: got seeds {[r.experiment.seed for r in first]} and "
             f"{[r.experiment.seed for r in second]}; accepted: the same seeds, each once"
@@ -68,6 +68,8 @@ def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.9
         for run in runs:
             if [one["tokens"] for one in run] != tokens.tolist():
                 raise ValueError("first, second: judged on different held-out conversations")
+    if len(tokens) == 0:
+        raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
     nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
     return _paired(nats, tokens, level)

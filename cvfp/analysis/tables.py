@@ -352,7 +352,14 @@ def parallel_reading(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
     first = max(known, key=lambda name: known[name])
     forgets = gap.recurrence
     both = times[times.sequential.notna()]
-    longest = both.iloc[-1]
+    longest = times.iloc[-1] if both.empty else both.iloc[-1]
+    against_loop = (
+        "the loop was not run. "
+        if both.empty
+        else f"at {longest.tokens:,.0f} tokens they are {longest.sequential / longest.blocks:.0f} "
+        f"times as fast as the loop and differ from it by at most {longest.difference:.1e}, "
+        "relative. "
+    )
     if forgets.contraction_rate is None:
         forgetting = "The stream is too short to say how the recurrence forgets."
     elif forgets.memory_length is None:
@@ -395,10 +402,9 @@ def parallel_reading(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
             f"error of {gap.clean.relative_error_mean.iloc[min(10, len(gap.clean) - 1)]:.2%}.",
             f"**Memory.** {forgetting}",
             f"**Exact, in parallel (claim C3).** Blocks took {gap.exact.sweeps} sweeps for "
-            f"{gap.tokens:,} tokens, with an error bound of {gap.exact.error_bound:.1e}; at "
-            f"{longest.tokens:,.0f} tokens they are {longest.sequential / longest.blocks:.0f} "
-            f"times as fast as the loop and differ from it by at most {longest.difference:.1e}, "
-            "relative. Exactness costs about as much as "
+            f"{gap.tokens:,} tokens, with an error bound of {gap.exact.error_bound:.1e}; "
+            + against_loop
+            + "Exactness costs about as much as "
             f"{longest.blocks / longest.shifted:.1f} shifted passes, so there is no reason to "
             "settle for an approximation.",
             f"**Perplexity.** Phase 2 trained on parallel instead of exact contexts: "
