@@ -1,14 +1,17 @@
 PYTHON ?= python3
 SAMPLES ?= 500
+SEEDS ?= 42
+REPORT = reports/03_scaling_$(SAMPLES)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install scaling test lint notebooks lab clean
+.PHONY: help install scaling claims test lint notebooks lab clean
 
 help:
-	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500)"
+	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
+	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
 	@echo "make test       lint, types, tests, notebooks"
 	@echo "make notebooks  execute notebooks/ anew at their defaults"
 	@echo "make lab        open JupyterLab"
@@ -24,9 +27,12 @@ $(READY): requirements.txt pyproject.toml
 
 scaling: install
 	mkdir -p reports
-	$(BIN)/papermill notebooks/03_scaling.ipynb reports/03_scaling.ipynb -p samples $(SAMPLES)
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir $(VENV)/report reports/03_scaling.ipynb
-	cp $(VENV)/report/03_scaling_files/*.png reports/03_scaling.png
+	$(BIN)/papermill notebooks/03_scaling.ipynb $(REPORT).ipynb -p samples $(SAMPLES) -p seeds $(SEEDS)
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir $(VENV)/report $(REPORT).ipynb
+	cp $$(ls -v $(VENV)/$(REPORT:reports/%=report/%)_files/*.png | head -1) $(REPORT).png
+
+claims: install
+	$(BIN)/python -m cvfp.analysis.claims reports/claims.md
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -71,6 +71,12 @@ class Gap:
     block: ContextBlock
     inputs: TokenInputs
 
+    @property
+    def added(self) -> float:
+        """Mean squared errors of all causes, added (the last update is one of the updates)."""
+        apart = [name for name in CAUSES if name in self.agreement.index and name != "last_update"]
+        return float(self.agreement.mse[apart].sum())
+
 
 def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     """Train Phase 1 of an Experiment and take the gap to its exact contexts apart.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,8 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         if n_jobs == 1:
             finished: Iterable[Result] = map(_run_one, experiments)
         else:
+            # Workers that idle between short runs are started again: no news to a reader.
+            warnings.filterwarnings("ignore", "A worker stopped while", UserWarning)
             threads = max(1, torch.get_num_threads() // n_jobs)
             finished = joblib.Parallel(n_jobs, return_as="generator")(
                 joblib.delayed(_run_apart)(one, threads) for one in experiments

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cvfp.analysis import published, scaling, tables
+from cvfp.analysis import published, readings, scaling
 
 
 def test_published_tables_say_where_they_are_from() -> None:
@@ -24,9 +24,9 @@ def test_published_tables_say_where_they_are_from() -> None:
 
 def test_reading_says_so_when_a_baseline_wins() -> None:
     lines = {"unigram": 700.0, "kneser_ney": 170.0, "table": 128.0, "kneser_ney_both": 124.0}
-    assert "A baseline wins" in tables.against_baselines(131.0, lines)
-    assert "lowest perplexity" in tables.against_baselines(120.0, lines)
-    assert "not there" in tables.against_baselines(120.0, {**lines, "table": None})
+    assert "A baseline wins" in readings.against_baselines(131.0, lines)
+    assert "lowest perplexity" in readings.against_baselines(120.0, lines)
+    assert "not there" in readings.against_baselines(120.0, {**lines, "table": None})
 
 
 def test_reading_follows_the_numbers() -> None:
@@ -47,10 +47,10 @@ def test_reading_follows_the_numbers() -> None:
         }
     )
     law = scaling.fit(frame.train_tokens, frame.val_ppl)
-    assert "perplexity falls, 150.0 to 130.0" in tables.scaling_reading(frame, law)
-    assert "the runs of 200 conversations" in tables.scaling_reading(frame, law)
-    longer = tables.scaling_reading(frame.assign(phase2_epochs=11), law)
+    assert "perplexity falls, 150.0 to 130.0" in readings.ladder(frame, law)
+    assert "the runs of 200 conversations" in readings.ladder(frame, law)
+    longer = readings.ladder(frame.assign(phase2_epochs=11), law)
     assert "past its best epoch" in longer
     worse = frame.assign(val_ppl=frame.val_ppl[::-1].to_numpy())
     law = scaling.fit(worse.train_tokens, worse.val_ppl)
-    assert "does not fall" in tables.scaling_reading(worse, law)
+    assert "does not fall" in readings.ladder(worse, law)

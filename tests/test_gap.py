@@ -18,7 +18,7 @@ from conftest import WriteJsonl
 from torch import Tensor
 
 from cvfp import contexts, data, experiment, gap, metrics, phase1, seeds
-from cvfp.analysis import plots, published, tables
+from cvfp.analysis import plots, published, readings, tables
 from cvfp.analysis.intervals import Paired
 from cvfp.config import Experiment, ParameterError
 from cvfp.model import ContextBlock, TokenInputs, initialise
@@ -543,7 +543,7 @@ def test_tables_take_times_without_any_loop(noisy: Case) -> None:
     frame = gap.times(noisy.block, noisy.inputs, [90], repeats=1, longest_sequential=89)
     assert frame.difference.isna().all()
     assert tables.times(frame)["loop / blocks"].tolist() == ["–"]
-    assert "Exact, in parallel" in tables.parallel_reading(noisy.gap, frame, SURE)
+    assert "Exact, in parallel" in readings.parallel(noisy.gap, frame, SURE)
 
 
 def test_what_is_timed_makes_the_same_contexts(
@@ -687,8 +687,10 @@ def test_table_of_pairs_gives_each_its_row() -> None:
 
 
 def test_change_in_words_has_its_interval_or_says_what_one_needs() -> None:
-    assert tables.change(SURE) == "+2.0% (95 % interval +1.0% to +3.0%, 3 seeds, 20 conversations)"
-    alone = tables.change(pair(-0.01, None, None))
+    assert (
+        readings.change(SURE) == "+2.0% (95 % interval +1.0% to +3.0%, 3 seeds, 20 conversations)"
+    )
+    alone = readings.change(pair(-0.01, None, None))
     assert alone.startswith("-1.0% (1 seed, 20 conversations; an interval needs two")
 
 
@@ -698,7 +700,7 @@ def test_change_in_words_has_its_interval_or_says_what_one_needs() -> None:
 def test_reading_names_the_largest_cause(any_case: Case) -> None:
     mse = any_case.gap.agreement.mse
     largest = mse.drop([gap.AS_LEFT, "last_update"]).idxmax()
-    text = tables.parallel_reading(any_case.gap, TIMED, SURE)
+    text = readings.parallel(any_case.gap, TIMED, SURE)
     share = mse[largest] / mse[gap.AS_LEFT]
     words = gap.CAUSES[str(largest)].removesuffix(" alone")
     assert f"The largest is {words}, {share:.0%} of the squared error" in text
@@ -720,7 +722,7 @@ def test_reading_follows_the_causes(noisy: Case, cause: str) -> None:
     agreement.loc[[gap.AS_LEFT, cause], "mse"] = [0.1, 0.07]
     # However large, it is a part of another.
     agreement.loc["last_update", "mse"] = 1.0
-    text = tables.parallel_reading(dataclasses.replace(noisy.gap, agreement=agreement), TIMED, SURE)
+    text = readings.parallel(dataclasses.replace(noisy.gap, agreement=agreement), TIMED, SURE)
     words = gap.CAUSES[cause].removesuffix(" alone")
     assert f"The largest is {words}, 70% of the squared error" in text
     assert "the causes make 100% of the whole" in text
@@ -736,9 +738,9 @@ def test_reading_follows_the_causes(noisy: Case, cause: str) -> None:
     ],
 )
 def test_reading_judges_by_the_interval(noisy: Case, judged: Paired, words: str) -> None:
-    text = tables.parallel_reading(noisy.gap, TIMED, judged)
+    text = readings.parallel(noisy.gap, TIMED, judged)
     assert words in text
-    assert tables.change(judged) in text
+    assert readings.change(judged) in text
 
 
 @pytest.mark.parametrize(
@@ -753,7 +755,7 @@ def test_reading_says_how_the_recurrence_forgets(
     noisy: Case, recurrence: contexts.Recurrence, words: str
 ) -> None:
     changed = dataclasses.replace(noisy.gap, recurrence=recurrence)
-    assert words in tables.parallel_reading(changed, TIMED, SURE)
+    assert words in readings.parallel(changed, TIMED, SURE)
 
 
 def test_reading_says_where_the_least_cosine_is(noisy: Case) -> None:
@@ -763,7 +765,7 @@ def test_reading_says_where_the_least_cosine_is(noisy: Case) -> None:
         along.loc[least, "cosine_min"] = 0.5
         agreement.loc[gap.AS_LEFT, "cosine_min"] = 0.5
         changed = dataclasses.replace(noisy.gap, agreement=agreement, along=along)
-        assert f"The least cosine, 0.500, {words}" in tables.parallel_reading(changed, TIMED, SURE)
+        assert f"The least cosine, 0.500, {words}" in readings.parallel(changed, TIMED, SURE)
 
 
 def test_reading_finds_the_least_cosine_at_the_first_token(noisy: Case) -> None:
@@ -775,12 +777,12 @@ def test_reading_finds_the_least_cosine_at_the_first_token(noisy: Case) -> None:
         agreement = noisy.gap.agreement.copy()
         agreement.loc[gap.AS_LEFT] = metrics.agreement(made, right)
         changed = dataclasses.replace(noisy.gap, agreement=agreement, along=gap._along(made, right))
-        text = tables.parallel_reading(changed, TIMED, SURE)
+        text = readings.parallel(changed, TIMED, SURE)
         assert "is that of the first tokens" in text
 
 
 def test_reading_compares_times_where_the_loop_was_run(noisy: Case) -> None:
-    text = tables.parallel_reading(noisy.gap, TIMED, SURE)
+    text = readings.parallel(noisy.gap, TIMED, SURE)
     assert "at 1,000 tokens they are 50 times as fast as the loop" in text
     assert "differ from it by at most 3.0e-07" in text
     assert "about as much as 4.0 shifted passes" in text
@@ -789,7 +791,7 @@ def test_reading_compares_times_where_the_loop_was_run(noisy: Case) -> None:
 def test_reading_and_tables_take_measured_times(noisy: Case) -> None:
     frame = gap.times(noisy.block, noisy.inputs, [90, 300], repeats=1, longest_sequential=90)
     assert tables.times(frame)["loop / blocks"].iloc[1] == "–"
-    assert "at 90 tokens they are" in tables.parallel_reading(noisy.gap, frame, SURE)
+    assert "at 90 tokens they are" in readings.parallel(noisy.gap, frame, SURE)
 
 
 # Figures

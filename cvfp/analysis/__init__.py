@@ -1,5 +1,23 @@
 """Reads finished runs; trains nothing."""
 
-from cvfp.analysis import intervals, plots, prediction, published, scaling, stopping, tables
+from cvfp.analysis import (
+    intervals,
+    plots,
+    prediction,
+    published,
+    readings,
+    scaling,
+    stopping,
+    tables,
+)
 
-__all__ = ["intervals", "plots", "prediction", "published", "scaling", "stopping", "tables"]
+__all__ = [
+    "intervals",
+    "plots",
+    "prediction",
+    "published",
+    "readings",
+    "scaling",
+    "stopping",
+    "tables",
+]

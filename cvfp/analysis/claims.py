@@ -214,6 +214,21 @@ def measurements() -> dict[str, Measurement]:
     return {id: found[id] for id in CLAIMS if id in found}
 
 
+def load(path: Path) -> dict[str, Measurement]:
+    """The measurements of a ledger, from the .json beside its page.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for id in found:
+            _known(id)
+        return {id: Measurement(**one) for id, one in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: got {error}; accepted: what this module wrote") from error
+
+
 def row(claim: Claim, measurement: Measurement | None) -> dict[str, str]:
     """A claim's row of the ledger."""
     if measurement is None:
@@ -254,6 +269,11 @@ def frame(
     return pd.DataFrame([row(CLAIMS[id], kept.get(id)) for id in (CLAIMS if ids is None else ids)])
 
 
+def rows(ids: Sequence[str], measurements: Mapping[str, Measurement]) -> str:
+    """These claims of the ledger as a Markdown table, as notebooks print them; see `frame`."""
+    return _lines(frame(ids, {id: one for id, one in measurements.items() if id in ids}))
+
+
 def markdown(measurements: Mapping[str, Measurement]) -> str:
     """The whole ledger as a page: how to read it, the table, and each claim in full.
 
@@ -274,10 +294,8 @@ region, *contradicts* if none of it does, and is *inconclusive* otherwise, or on
 
 {len(measurements)} of {len(CLAIMS)} claims are measured. Verdicts: {summary}.
 """
-    lines = [_cells(table.columns), _cells(["---"] * len(table.columns))]
-    lines += [_cells(cells) for cells in table.to_numpy().tolist()]
     full = [_full(claim, measurements.get(claim.id)) for claim in CLAIMS.values()]
-    return "\n\n".join([head + "\n" + "\n".join(lines), *full]) + "\n"
+    return "\n\n".join([head + "\n" + _lines(table), *full]) + "\n"
 
 
 def _kept() -> dict[str, Measurement]:
@@ -294,6 +312,11 @@ def _recomputed(claim: Claim) -> str:
     recomputed = claim.recompute()
     stands = {True: "stands", False: "does not stand as printed", None: "cannot be told"}
     return f"{stands[recomputed.stands]}: {recomputed.words}"
+
+
+def _lines(table: pd.DataFrame) -> str:
+    lines = [_cells(table.columns), _cells(["---"] * len(table.columns))]
+    return "\n".join(lines + [_cells(cells) for cells in table.to_numpy().tolist()])
 
 
 def _cells(cells: Iterable[str]) -> str:
@@ -698,7 +721,7 @@ CLAIMS: dict[str, Claim] = {
             region=(0.0, 1.0),
             published="PPL 324.5 vs 536.0, ER 75.9 vs 8.6 % at 500 samples",
             recompute=_c1,
-            notebook="06_controls",
+            notebook="04_layers_vs_dim",
             takes="both designs at one size, 3 seeds",
         ),
         Claim(
@@ -737,7 +760,7 @@ CLAIMS: dict[str, Claim] = {
             region=(-math.inf, 0.0),
             published="α −0.459, R² 0.993, −27 % PPL per doubling",
             recompute=_c4,
-            notebook="06_controls",
+            notebook="04_layers_vs_dim",
             takes="four sizes of the equal-decrease design, 3 seeds",
         ),
         Claim(
@@ -954,11 +977,19 @@ CLAIMS: dict[str, Claim] = {
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cvfp.analysis.claims", description="Write the ledger of claims."
+        prog="python -m cvfp.analysis.claims",
+        description="Write the ledger of claims. The measurements behind it are kept in a .json of "
+        "the same name beside it; those of the store take the place of earlier ones.",
     )
     parser.add_argument("file", type=Path, help="where to, such as reports/claims.md")
     path: Path = parser.parse_args().file
-    kept = measurements()
+    beside = path.with_suffix(".json")
+    kept = {**(load(beside) if beside.exists() else {}), **measurements()}
+    kept = {id: kept[id] for id in CLAIMS if id in kept}
+    with cache.whole(beside) as temporary:
+        plain = {id: asdict(one) for id, one in kept.items()}
+        text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
     path.write_text(markdown(kept), encoding="utf-8")
     print(f"{path}: {len(kept)} of {len(CLAIMS)} claims measured")
 

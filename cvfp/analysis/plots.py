@@ -218,7 +218,7 @@ def _law(axes: Axes, law: PowerLaw, tokens: Sequence[float] | pd.Series, color: 
 
 
 def _tokens(value: float, _: int) -> str:
-    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k"
+    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value / 1e3:.3g} k"
 
 
 def _plain_log(axis: Any) -> None:
@@ -464,8 +464,10 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
         axes[1].set(xscale="log", ylabel="effective rank, % of D", title="Effective rank")
     for one in axes:
         one.set(xlabel="training tokens")
+        # The sizes themselves: a ladder may hold no power of ten.
+        one.set_xticks(sorted(frame.groupby("samples").train_tokens.first()), minor=False)
+        one.set_xticks([], minor=True)
         one.xaxis.set_major_formatter(FuncFormatter(_tokens))
-        one.xaxis.set_minor_formatter(NullFormatter())
         one.legend(fontsize=8)
     return figure
 
@@ -487,16 +489,16 @@ def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
 
 def correlations(matrix: pd.DataFrame) -> Figure:
     """A correlation matrix as a heat map."""
-    figure, (axes,) = _figure(1, 7.4, 6)
+    figure, (axes,) = _figure(1, 6.8, 5.5)
     sns.heatmap(
-        matrix,
+        matrix.round(2) + 0.0,  # no −0.00
         ax=axes,
         vmin=-1,
         vmax=1,
         cmap="RdBu_r",
         annot=True,
         fmt=".2f",
-        annot_kws={"fontsize": 8},
+        annot_kws={"fontsize": 7},
         cbar_kws={"label": "Pearson's r"},
         square=True,
     )

@@ -621,6 +621,12 @@ def _squares(law: PowerLaw | Saturating, tokens: Array, ppl: Array) -> float:
     return float(((np.log(ppl) - np.log(law.predict(tokens))) ** 2).sum())
 
 
+def points(results: Sequence[Result]) -> tuple[list[float], list[float]]:
+    """Training tokens and perplexity of every run that has one: what `scaling.fit` takes."""
+    kept = [(float(r.train_tokens), r.val_ppl) for r in results if r.val_ppl is not None]
+    return [tokens for tokens, _ in kept], [ppl for _, ppl in kept]
+
+
 @dataclass(frozen=True)
 class AlphaOverRuns:
     """The exponent of a ladder of runs, with an interval over seeds and conversations.

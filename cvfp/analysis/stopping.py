@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -45,6 +46,16 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
         rows["none, best kept"] = _row(history[-1], best)
         rows["none, last kept"] = _row(history[-1], history[-1])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("patience")
+
+
+def rise(result: Result) -> float | None:
+    """Relative rise of validation perplexity from the best epoch to two epochs later; None where
+    Phase 2 did not go on for two."""
+    history = result.phase2_history
+    best = min(range(len(history)), key=lambda place: history[place]["val_loss"])
+    if best + 2 >= len(history):
+        return None
+    return math.expm1(history[best + 2]["val_loss"] - history[best]["val_loss"])
 
 
 def _row(stopped: dict[str, float], best: dict[str, float]) -> dict[str, float]:

@@ -1,33 +1,32 @@
-"""Tables and readings of finished runs, made from their numbers."""
+"""Tables of finished runs, for reading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
-from cvfp.analysis.intervals import Paired
+from cvfp.analysis import intervals, prediction, scaling, stopping
+from cvfp.analysis.intervals import Paired, paired
 from cvfp.analysis.plots import EXTRAPOLATION
-from cvfp.analysis.scaling import PowerLaw
+from cvfp.analysis.scaling import AlphaOverRuns, PowerLaw
 from cvfp.experiment import Result
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.model import ContextBlock, TokenBlock, count_parameters
-
-# The lines that a perplexity has to be read against, the unigram aside (it is far above).
-RIVALS = {
-    "kneser_ney": "a Kneser–Ney bigram of the same training tokens",
-    "table": "the fitted table alone, as the bigram model it was fitted as, with no training token",
-    "kneser_ney_both": "a Kneser–Ney bigram of fitting set and training tokens together",
-}
 
 
 def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
     """What the runs ran on: corpus, tokeniser, table, model, device, precision, seeds, jobs."""
     first = results[0]
     one = first.experiment
-    seeds = sorted({result.experiment.seed for result in results})
-    design = "tokens in every layer" if one.token_input_all_layers else "equal-decrease"
+
+    def values(of: Callable[[Result], float]) -> str:
+        return ", ".join(f"{value:,}" for value in sorted({of(result) for result in results}))
+
+    every = {result.experiment.token_input_all_layers for result in results}
+    designs = {True: "tokens in every layer", False: "equal-decrease"}
     contended = ", times taken under contention" if n_jobs > 1 else ""
     facts = {
         "corpus": one.dataset,
@@ -35,13 +34,18 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         "tokeniser": f"{one.tokenizer}, {first.vocab_size:,} entries",
         "embedding table": f"{one.embedding}, {first.embedding_dim} wide, "
         + ("frozen" if one.freeze_embedding else "trained"),
-        "model": f"{one.num_layers} layers x {one.context_dim}, "
-        f"n = {one.num_input_tokens}, {design}",
-        **{f"parameters, {part}": f"{count:,}" for part, count in first.parameters.items()},
+        "layers": values(lambda result: result.experiment.num_layers),
+        "context size D": values(lambda result: result.experiment.context_dim),
+        "input tokens n": values(lambda result: result.experiment.num_input_tokens),
+        "design": ", ".join(designs[kind] for kind in sorted(every, reverse=True)),
+        **{
+            f"parameters, {part}": values(lambda result: result.parameters[part])  # noqa: B023
+            for part in first.parameters
+        },
         "head": "tied to the table" if one.weight_tying else "own",
         "device": f"{first.device} ({first.device_name}), {first.threads} threads",
         "precision": first.precision,
-        "seed": ", ".join(map(str, seeds)),
+        "seed": values(lambda result: result.experiment.seed),
         "parallel jobs": f"{n_jobs}{contended}",
         "from the store": f"{sum(r.from_store for r in results)} of {len(results)} runs",
         **first.versions,
@@ -87,18 +91,18 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def extrapolation(laws: dict[str, PowerLaw], largest: dict[str, float]) -> pd.DataFrame:
-    """Perplexity that each law predicts beyond its data, and how far beyond it is."""
+    """Perplexity by each law, and how many times its largest run that is (under 1: inside)."""
     rows = {}
     for tokens in EXTRAPOLATION:
         row = {}
         for name, law in laws.items():
-            row[f"{name}: PPL (extrapolated)"] = round(law.predict(tokens), 1)
+            row[f"{name}: PPL by its law"] = round(law.predict(tokens), 1)
             row[f"{name}: times its largest run"] = round(tokens / largest[name], 1)
         rows[f"{tokens / 1e6:g} M tokens"] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def laws(laws: dict[str, PowerLaw], tokens: dict[str, Sequence[float]]) -> pd.DataFrame:
+def laws(laws: dict[str, PowerLaw]) -> pd.DataFrame:
     """Fits side by side: alpha with its interval, A, R², % per doubling, the range of tokens."""
     rows = {}
     for name, law in laws.items():
@@ -111,114 +115,9 @@ def laws(laws: dict[str, PowerLaw], tokens: dict[str, Sequence[float]]) -> pd.Da
             "R²": "–" if law.r2 is None else f"{law.r2:.4f}",
             "PPL per doubling": f"{law.per_doubling:+.1%}",
             "points": law.points,
-            "tokens": f"{min(tokens[name]):,.0f} … {max(tokens[name]):,.0f}",
+            "tokens": f"{law.low:,.0f} … {law.high:,.0f}",
         }
     return pd.DataFrame(rows)
-
-
-def against_baselines(ppl: float, lines: dict[str, float | None]) -> str:
-    """Sentences (Markdown) that say where `ppl` stands among its baselines' perplexities."""
-    said = []
-    for name, words in RIVALS.items():
-        value = lines[name]
-        if value is None:
-            said.append(f"- {words}: not there with this tokeniser and table.")
-            continue
-        side = "under" if ppl < value else "**over**"
-        said.append(f"- {words}: {value:.1f}; CVFP is {abs(ppl / value - 1):.1%} {side} it.")
-    measured = {name: value for name, value in lines.items() if value is not None}
-    best = min(measured, key=lambda name: measured[name])
-    if ppl < measured[best]:
-        verdict = "CVFP has the lowest perplexity of these."
-    else:
-        verdict = (
-            f"**A baseline wins**: {RIVALS.get(best, best)} predicts these conversations better "
-            "than CVFP does at this size."
-        )
-    return "\n".join(
-        [f"CVFP's validation perplexity is {ppl:.1f}. Beside it:", "", *said, "", verdict]
-    )
-
-
-def quickstart_reading(result: Result) -> str:
-    """What one run showed, in Markdown."""
-    one = result.experiment
-    rank, size = result.val_er * one.context_dim, one.context_dim
-    done = result.converged >= one.convergence_rate
-    fate = (
-        f"stopped at iteration {result.phase1_iterations} with {result.converged:.1%} of the "
-        "tokens converged"
-        if done
-        else f"did not converge: {result.converged:.1%} after {result.phase1_iterations} iterations"
-    )
-    if result.val_ppl is None:
-        return (
-            f"**Phase 1** was given up at iteration {result.phase1_iterations}: {result.aborted}."
-        )
-    last = result.phase2_history[-1]
-    lines = {k: None if v is None else v["ppl"] for k, v in result.baselines.items()}
-    return "\n\n".join(
-        [
-            f"**Phase 1** {fate}. The contexts of held-out text span {rank:.0f} of {size} "
-            f"directions by effective rank ({result.val_er:.1%}; training {result.train_er:.1%}).",
-            f"**Phase 2** was best at epoch {result.best_epoch} of {last['epoch']:.0f} run: "
-            f"accuracy {result.val_acc:.1%}, {result.val_bpb:.3f} bits per byte. The epoch is "
-            "chosen on the tokens it is judged on, as in the notes, which flatters it a little.",
-            against_baselines(result.val_ppl, lines),
-        ]
-    )
-
-
-def scaling_reading(frame: pd.DataFrame, law: PowerLaw) -> str:
-    """What a ladder of sizes showed, in Markdown."""
-    means = frame.groupby("train_tokens").mean(numeric_only=True)
-    first, last = means.iloc[0], means.iloc[-1]
-    low, high = means.index[0], means.index[-1]
-    interval = law.interval()
-    within = (
-        "no interval: two points always lie on a line"
-        if interval is None
-        else f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}, {law.points} points"
-    )
-    r2 = "" if law.r2 is None else f", R² {law.r2:.3f}"
-    lines = {
-        name: None if pd.isna(last[f"{name}_ppl"]) else float(last[f"{name}_ppl"])
-        for name in ("unigram", *RIVALS)
-    }
-    falls = law.alpha < 0
-    capped = frame[frame.best_epoch == frame.phase2_epochs]
-    cap = (
-        "Every run was past its best epoch when it stopped."
-        if capped.empty
-        else "Still improving at the last epoch allowed, so that their perplexity is an upper "
-        f"bound: the runs of {', '.join(map(str, sorted(capped.samples.unique())))} conversations "
-        "(`-p phase2_epochs` allows more)."
-    )
-    shares = frame.seed.nunique()
-    return "\n\n".join(
-        [
-            f"**Law.** From {low:,} to {high:,} training tokens perplexity "
-            f"{'falls' if falls else 'does not fall'}, {first.val_ppl:.1f} to {last.val_ppl:.1f}: "
-            f"α = {law.alpha:.3f} ({within}{r2}), {law.per_doubling:+.1%} per doubling. A high R² "
-            "on so few points says that a line fits here, not that it goes on: the extrapolated "
-            f"perplexities lie up to {1e7 / high:.0f} times beyond the largest run.",
-            f"**Seeds.** {shares} seed{'s' if shares > 1 else ''}: "
-            + (
-                "the spread between seeds is not measured in this run (`-p seeds 0,1,2` does)."
-                if shares == 1
-                else "the table's PPL s.d. is the spread between them."
-            ),
-            f"**Epochs.** {cap}",
-            f"**Rank.** Effective rank of held-out contexts {first.val_er:.1%} to "
-            f"{last.val_er:.1%} over the ladder; of training contexts {first.train_er:.1%} to "
-            f"{last.train_er:.1%}.",
-            "**Against models without CVFP**, at the largest size. "
-            + against_baselines(float(last.val_ppl), lines),
-            "The table is fitted on conversations of its own, so that part of what CVFP predicts "
-            "it was given, as with GPT-2's table in the published runs; α and A depend on corpus, "
-            "tokeniser and table, and cannot be compared across them.",
-        ]
-    )
 
 
 def record(results: Sequence[Result]) -> pd.DataFrame:
@@ -317,7 +216,7 @@ def causes(gap: Gap) -> pd.DataFrame:
     rows = {AS_LEFT: gap.agreement.loc[AS_LEFT]}
     rows |= {CAUSES[n]: gap.agreement.loc[n] for n in CAUSES if n in gap.agreement.index}
     frame = pd.DataFrame(rows).T[["mse", "cosine_mean", "relative_error_mean"]]
-    frame.loc["the causes, added"] = [_added(gap), None, None]
+    frame.loc["the causes, added"] = [gap.added, None, None]
     whole = frame.mse[AS_LEFT]
     return pd.DataFrame(
         {
@@ -328,89 +227,6 @@ def causes(gap: Gap) -> pd.DataFrame:
                 lambda x: "" if pd.isna(x) else f"{x:.2%}"
             ),
         }
-    )
-
-
-def _added(gap: Gap) -> float:
-    # The last update is one of the updates.
-    apart = [n for n in CAUSES if n in gap.agreement.index and n != "last_update"]
-    return float(gap.agreement.mse[apart].sum())
-
-
-def change(pair: Paired) -> str:
-    """A paired difference in words: "+1.2 % (95 % interval −0.3 to +2.7 %, 3 seeds, …)"."""
-    count = f"{pair.seeds} seed{'s' if pair.seeds > 1 else ''}, {pair.conversations} conversations"
-    if pair.low is None or pair.high is None:
-        return f"{pair.change:+.1%} ({count}; an interval needs two of each)"
-    return f"{pair.change:+.1%} (95 % interval {pair.low:+.1%} to {pair.high:+.1%}, {count})"
-
-
-def parallel_reading(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
-    """What the comparison of parallel and exact contexts showed, in Markdown."""
-    whole, mse = gap.agreement.loc[AS_LEFT], gap.agreement.mse
-    known = {n: mse[n] for n in ("noise", "updates", "window", "ring", "bfloat16") if n in mse}
-    first = max(known, key=lambda name: known[name])
-    forgets = gap.recurrence
-    both = times[times.sequential.notna()]
-    longest = times.iloc[-1] if both.empty else both.iloc[-1]
-    against_loop = (
-        "the loop was not run. "
-        if both.empty
-        else f"at {longest.tokens:,.0f} tokens they are {longest.sequential / longest.blocks:.0f} "
-        f"times as fast as the loop and differ from it by at most {longest.difference:.1e}, "
-        "relative. "
-    )
-    if forgets.contraction_rate is None:
-        forgetting = "The stream is too short to say how the recurrence forgets."
-    elif forgets.memory_length is None:
-        forgetting = (
-            f"After {len(forgets.distances)} tokens a context still depends on where it started; "
-            f"nearby trajectories change their distance {forgets.contraction_rate:.2f} times "
-            "per token."
-        )
-    else:
-        forgetting = (
-            f"Nearby trajectories approach {forgets.contraction_rate:.2f} times per token, and a "
-            f"context restarted from zeros is within 1 % after **{forgets.memory_length} tokens**: "
-            "whatever was said before that has left the context. This is why sweeps converge, "
-            "why blocks can be computed side by side, and how far the model can look back."
-        )
-    if pair.low is None or pair.high is None:
-        verdict = "no interval with these runs: the difference is not judged."
-    elif pair.low > 0:
-        verdict = "training on the parallel contexts is worse, beyond chance."
-    elif pair.high < 0:
-        verdict = "training on the parallel contexts is *better*, beyond chance."
-    else:
-        verdict = "no difference can be told from chance with these runs."
-    return "\n\n".join(
-        [
-            f"**Agreement (claim C2).** Mean cosine {whole.cosine_mean:.4f}, relative error "
-            f"{whole.relative_error_mean:.1%}: close, and not equal. The least cosine, "
-            f"{whole.cosine_min:.3f}, "
-            + (
-                "is that of the first tokens, where the ring lets token 0 read the last one."
-                if gap.along.cosine_min.iloc[0] <= whole.cosine_min + 1e-9
-                else "is not at the start of the stream."
-            ),
-            f"**Causes.** The largest is {CAUSES[first].removesuffix(' alone')}, "
-            f"{known[first] / whole.mse:.0%} of the squared error; the window of "
-            f"{gap.iterations - 1} sweeps that the comparison is usually blamed on is "
-            f"{known['window'] / whole.mse:.1%}. Added, the causes make "
-            f"{_added(gap) / whole.mse:.0%} of the whole, so they act nearly apart from one "
-            "another. Clean sweeps with the final weights remove all of it: ten leave a relative "
-            f"error of {gap.clean.relative_error_mean.iloc[min(10, len(gap.clean) - 1)]:.2%}.",
-            f"**Memory.** {forgetting}",
-            f"**Exact, in parallel (claim C3).** Blocks took {gap.exact.sweeps} sweeps for "
-            f"{gap.tokens:,} tokens, with an error bound of {gap.exact.error_bound:.1e}; "
-            + against_loop
-            + "Exactness costs about as much as "
-            f"{longest.blocks / longest.shifted:.1f} shifted passes, so there is no reason to "
-            "settle for an approximation.",
-            f"**Perplexity.** Phase 2 trained on parallel instead of exact contexts: "
-            f"{change(pair)} in perplexity on held-out text, whose contexts are exact in both: "
-            f"{verdict}",
-        ]
     )
 
 
@@ -475,3 +291,250 @@ def pairs(named: dict[str, Paired]) -> pd.DataFrame:
             "each seed": ", ".join(f"{x:+.1%}" for x in pair.by_seed),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _sizes(results: Sequence[Result]) -> dict[int, list[Result]]:
+    sizes = sorted({result.experiment.samples for result in results})
+    return {size: [r for r in results if r.experiment.samples == size] for size in sizes}
+
+
+def _mean(values: Sequence[float | None], form: str, scale: float = 1.0) -> str:
+    known = [value for value in values if value is not None]
+    return "–" if not known else form.format(scale * sum(known) / len(known))
+
+
+def contrast(
+    first: Sequence[Result], second: Sequence[Result], first_name: str, second_name: str
+) -> pd.DataFrame:
+    """Two kinds of run at every size: perplexity, accuracy, rank; the paired difference."""
+    rows = {}
+    other = _sizes(second)
+    for size, runs in _sizes(first).items():
+        theirs = other[size]
+        pair = paired(runs, theirs)
+        row = {"tokens": f"{runs[0].train_tokens:,}"}
+        for name, kind in ((first_name, runs), (second_name, theirs)):
+            row[f"PPL, {name}"] = _mean([r.val_ppl for r in kind], "{:.1f}")
+            row[f"ER %, {name}"] = _mean([r.val_er for r in kind], "{:.1f}", 100)
+        row["change of PPL"] = f"{pair.change:+.1%}"
+        row["95 % interval"] = _bounds(pair.low, pair.high, "{:+.1%}")
+        rows[size] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("conversations")
+
+
+def _bounds(low: float | None, high: float | None, form: str) -> str:
+    if low is None or high is None:
+        return "needs two seeds"
+    return f"{form.format(low)} … {form.format(high)}"
+
+
+def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
+    """Parameters, cost and outcome of each shape at each size (means over seeds)."""
+    rows = []
+    for name, results in kinds.items():
+        for size, runs in _sizes(results).items():
+            first = runs[0]
+            rows.append(
+                {
+                    "shape": name,
+                    "conversations": size,
+                    "ContextBlock": f"{first.parameters['context_block']:,}",
+                    "TokenBlock": f"{first.parameters['token_block']:,}",
+                    "PPL": _mean([r.val_ppl for r in runs], "{:.1f}"),
+                    "accuracy %": _mean([r.val_acc for r in runs], "{:.1f}", 100),
+                    "ER %": _mean([r.val_er for r in runs], "{:.1f}", 100),
+                    "iterations": _mean([r.phase1_iterations for r in runs], "{:.0f}"),
+                    "converged %": _mean([r.converged for r in runs], "{:.1f}", 100),
+                    "memory, tokens": _mean([r.memory_length for r in runs], "{:.0f}"),
+                    "best epoch": _mean([r.best_epoch for r in runs], "{:.1f}"),
+                    "Phase 1, s": _mean([r.seconds["phase1"] for r in runs], "{:.1f}"),
+                    "Phase 2, s": _mean([r.seconds.get("phase2") for r in runs], "{:.1f}"),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["shape", "conversations"])
+
+
+def alpha(found: AlphaOverRuns) -> pd.DataFrame:
+    """An exponent over runs, with its interval over seeds and held-out conversations."""
+    return pd.DataFrame(
+        {
+            "α": [f"{found.alpha:.4f}"],
+            "95 % interval": [_bounds(found.low, found.high, "{:.4f}")],
+            "seeds": [found.seeds],
+            "conversations": [found.conversations],
+            "each seed": [", ".join(f"{one:.4f}" for one in found.by_seed)],
+        },
+        index=["measured"],
+    )
+
+
+def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.DataFrame:
+    """Best epoch, and how much worse two epochs later and the last are (means over seeds); note
+    003's figures beside."""
+    rows = {}
+    for name, runs in curves.items():
+        best = [min(r.phase2_history, key=lambda row: row["val_loss"]) for r in runs]
+        ends = [r.phase2_history[-1]["val_ppl"] for r in runs]
+        rows[name] = {
+            "best epoch": _mean([row["epoch"] for row in best], "{:.1f}"),
+            "PPL there": _mean([row["val_ppl"] for row in best], "{:.1f}"),
+            "two epochs later": _mean([stopping.rise(r) for r in runs], "{:+.1%}"),
+            "last epoch": _mean(
+                [end / row["val_ppl"] - 1 for end, row in zip(ends, best, strict=True)], "{:+.1%}"
+            ),
+        }
+    for row in note.to_dict("records"):
+        rise = row["epoch4_val_ppl"] / row["epoch2_val_ppl"] - 1
+        rows[f"published, {row['experiment']} at {row['samples']}, lr 0.002"] = {
+            "best epoch": f"{row['best_epoch']}",
+            "PPL there": f"{row['epoch2_val_ppl']:.1f}",
+            "two epochs later": f"{rise:+.1%}",
+            "last epoch": f"{rise:+.1%}",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFrame:
+    """What each patience would have kept of the same runs: means over seeds, and the change of
+    perplexity against the first patience with its interval.
+
+    Args:
+        results: runs of one size, one a seed, that stopped at no epoch but the last.
+    """
+    replays = [stopping.replay(result, patiences) for result in results]
+    rows = {}
+    for name in replays[0].index:
+        kept = [one.loc[name] for one in replays]
+        changes = [
+            row.val_ppl / one.val_ppl[patiences[0]] - 1
+            for row, one in zip(kept, replays, strict=True)
+        ]
+        middle, low, high = intervals.mean(changes)
+        rows[name] = {
+            "epochs run": _mean([row.stopped for row in kept], "{:.1f}"),
+            "epoch kept": _mean([row.best_epoch for row in kept], "{:.1f}"),
+            "PPL": _mean([row.val_ppl for row in kept], "{:.1f}"),
+            "accuracy %": _mean([row.val_acc for row in kept], "{:.2f}", 100),
+            f"change of PPL against {patiences[0]}": "–"
+            if name == patiences[0]
+            else f"{middle:+.1%}",
+            "95 % interval": "–" if name == patiences[0] else _bounds(low, high, "{:+.1%}"),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("patience")
+
+
+def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
+    """Every form of law: exponent with interval, floor, R², and the error in predicting the largest
+    size from the smaller ones."""
+    fits = scaling.forms(tokens, ppl)
+    missed = scaling.leave_largest_out(tokens, ppl).set_index("form")
+    rows = {}
+    for form, words in scaling.FORMS.items():
+        error = missed.error[form]
+        left = missed.reason[form] if pd.isna(error) else f"{error:+.1%}"
+        if form not in fits:
+            rows[words] = {"95 % interval": f"needs {scaling.SIZES_NEEDED[form]} sizes"}
+            continue
+        law = fits[form]
+        ends: tuple[float | None, float | None] | None
+        if isinstance(law, PowerLaw):
+            exponent, ends, floor, remark = law.alpha, law.interval(), "–", ""
+        else:
+            exponent, floor = -law.exponent, f"{law.limit:.1f}"
+            within = law.interval()
+            # The page has the exponent negative: the ends change places.
+            ends = None if within is None else (_negative(within[1]), _negative(within[0]))
+            remark = "floor not identified" if law.at_bound else ""
+        rows[words] = {
+            "exponent": f"{exponent:.3f}",
+            "95 % interval": "no point to spare"
+            if ends is None
+            else " … ".join("no end" if end is None else f"{end:.3f}" for end in ends),
+            "floor, PPL": floor,
+            "R²": "–" if law.r2 is None else f"{law.r2:.4f}",
+            "error at the largest size, left out": left,
+            "remark": remark,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
+
+
+def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame, size: int = 4) -> pd.DataFrame:
+    """α over windows of sizes, measured and of note 004's version v3."""
+    rows = []
+    for name, table in (
+        ("measured here", scaling.windows(tokens, ppl, size)),
+        ("published, note 004", scaling.windows(note.tokens, note.val_ppl, size)),
+    ):
+        for row in table.to_dict("records"):
+            rows.append(
+                {
+                    "": name,
+                    "tokens": f"{row['tokens_low']:,.0f} … {row['tokens_high']:,.0f}",
+                    "α": f"{row['alpha']:.3f}",
+                    "95 % interval": f"{row['alpha_low']:.3f} … {row['alpha_high']:.3f}",
+                }
+            )
+    return pd.DataFrame(rows).set_index("")
+
+
+def configurations(frame: pd.DataFrame) -> pd.DataFrame:
+    """`prediction.by_configuration` for reading, with how far Phase 1 came."""
+    table = prediction.by_configuration(frame)
+    fields = list(prediction.CONFIGURATION)
+    ended = frame.groupby(fields)[["converged", "train_er", "memory_length"]].mean()
+    shown = table.join(ended, on=fields)
+    return pd.DataFrame(
+        {
+            "α": shown.alpha.map(_missing_as("{:.3f}")),
+            "its error": shown.alpha_error.map(_missing_as("{:.3f}")),
+            "val ER %": (100 * shown.val_er).map("{:.1f}".format),
+            "train ER %": (100 * shown.train_er).map("{:.1f}".format),
+            "PPL": shown.val_ppl.map("{:.1f}".format),
+            "iterations": shown.phase1_iterations.map("{:.0f}".format),
+            "converged %": (100 * shown.converged).map("{:.1f}".format),
+            "memory, tokens": shown.memory_length.map(_missing_as("{:.0f}")),
+        }
+    )
+
+
+def predictors(frame: pd.DataFrame) -> pd.DataFrame:
+    """`prediction.predictors` for reading: the errors in percent."""
+    table = prediction.predictors(frame)
+    share = _missing_as("{:.1%}")
+    return pd.DataFrame(
+        {
+            "fitted": table.fitted.astype(int),
+            "α": table.alpha.map(_missing_as("{:.3f}")),
+            "β, per point of ER": table.beta.map(_missing_as("{:+.4f}")),
+            "error, runs fitted": table.error.map(share),
+            "error, configuration left out": table.left_out_error.map(share),
+            "worst run": table.left_out_worst.map(share),
+        }
+    )
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    """`prediction.score` for reading."""
+    share, signed = _missing_as("{:.0%}"), _missing_as("{:+.0%}")
+    return pd.DataFrame(
+        {
+            "calls": table.called,
+            "right": table.hit_rate.map(share).to_numpy(),
+            "by chance": table.base_rate.map(share).to_numpy(),
+            "excess": table.excess.map(signed).to_numpy(),
+            "95 % interval": [
+                "–" if pd.isna(low) else f"{low:+.0%} … {high:+.0%}"
+                for low, high in zip(table.low, table.high, strict=True)
+            ],
+            "p": table.p.map(_missing_as("{:.3f}")).to_numpy(),
+            "remark": table.remark,
+        }
+    ).set_index(table.rule)
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def _missing_as(form: str) -> Callable[[float], str]:
+    return lambda value: "–" if pd.isna(value) else form.format(value)

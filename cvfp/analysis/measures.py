@@ -1,0 +1,302 @@
+"""From finished runs to the measurement of each claim: one number with an interval.
+
+Where runs differ by seed alone, the interval is over seeds (and held-out conversations); where a
+claim is about configurations, it is over configurations, each the mean of its sizes and seeds. A
+claim that the runs cannot measure is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cvfp.analysis import intervals, prediction, scaling, stopping
+from cvfp.analysis.claims import Measurement
+from cvfp.experiment import Result, Results
+from cvfp.gap import AS_LEFT, Gap
+
+# What the sentences of claims.py ask of the runs: conversations (C10), tokens of the largest size
+# over those of the smallest (C19), tokens of a timed stream and what counts as equal there (C3).
+C10_SIZE, C19_RATIO, C3_TOKENS, C3_ERROR = 500, 8, 10_000, 1e-4
+
+
+class Source:
+    """Which notebook measured, with which parameters, on what.
+
+    Args:
+        notebook: its file name, without the ending.
+        one: any of its runs, all of the same corpus, tokeniser and device.
+        parameters: the notebook's; those left at None are not kept.
+    """
+
+    def __init__(self, notebook: str, one: Result, **parameters: Any) -> None:
+        self.notebook = notebook
+        self.parameters = {name: x for name, x in parameters.items() if x is not None}
+        exp = one.experiment
+        self.ran_on = (
+            f"{exp.dataset}, {exp.tokenizer} ({one.vocab_size:,}), table {exp.embedding}, "
+            f"{one.device_name}, {one.precision}"
+        )
+
+    def measured(
+        self, value: float, low: float | None, high: float | None, seeds: int, words: str
+    ) -> Measurement:
+        return Measurement(
+            value, low, high, seeds, words, self.notebook, self.parameters, self.ran_on
+        )
+
+    def over(self, values: Sequence[float], seeds: int, words: str) -> Measurement:
+        """Mean and interval of independent values."""
+        return self.measured(*intervals.mean(values), seeds, words)
+
+
+def contexts(
+    gaps: Sequence[Gap], timed: Sequence[pd.DataFrame], source: Source
+) -> dict[str, Measurement]:
+    """C2 and C3, from one `Gap` and one table of `gap.times` a seed."""
+    cosines = [float(one.agreement.cosine_mean[AS_LEFT]) for one in gaps]
+    found = {"C2": source.over(cosines, len(gaps), f"mean over {gaps[0].tokens:,} training tokens")}
+    rows = [frame[frame.sequential.notna() & (frame.tokens >= C3_TOKENS)] for frame in timed]
+    if rows and all(len(frame) for frame in rows):
+        last = [frame.iloc[-1] for frame in rows]
+        ratios = [float(row.sequential / row.blocks) for row in last]
+        worst = max(float(row.difference) for row in last)
+        # Quick and wrong is no method.
+        if worst <= C3_ERROR:
+            words = (
+                f"{last[0].tokens:,.0f} tokens in blocks; largest relative difference {worst:.0e}"
+            )
+            found["C3"] = source.over(ratios, len(ratios), words)
+    return found
+
+
+def ladder(
+    results: Sequence[Result], fixed: Sequence[Result], source: Source
+) -> dict[str, Measurement]:
+    """C6, C7, C10, C15 and C19, from a ladder of sizes and from runs of all epochs.
+
+    Args:
+        fixed: runs of one size, one a seed, that stopped at no epoch but the last.
+    """
+    seeds = _by_seed(results)
+    sizes = sorted({result.experiment.samples for result in results})
+    found = {}
+    if len(sizes) > 1:
+        found["C6"] = _alpha(results, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+    if len(sizes) >= 5:
+        errors, changes = [], []
+        for runs in seeds.values():
+            left = scaling.leave_largest_out(*scaling.points(runs)).set_index("form")
+            errors.append(float(left.error["power"]))
+            alphas = scaling.windows(*scaling.points(runs)).alpha
+            changes.append(float(alphas.iloc[-1] - alphas.iloc[0]))
+        found["C7"] = source.over(
+            errors, len(seeds), f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
+        )
+        found["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
+    epochs = {seed: runs[0] for seed, runs in _by_seed(fixed).items()}
+    if epochs and all(one.experiment.samples >= C10_SIZE for one in epochs.values()):
+        gains = []
+        for run in epochs.values():
+            kept = stopping.replay(run, [1, 3]).val_ppl
+            gains.append(float(kept[3] / kept[1] - 1))
+        size = next(iter(epochs.values())).experiment.samples
+        found["C10"] = source.over(gains, len(gains), f"{size} conversations")
+    first, last = (next(iter(seeds.values()))[place].train_tokens for place in (0, -1))
+    if last >= C19_RATIO * first:
+        changes = [100 * (runs[-1].val_er - runs[0].val_er) for runs in seeds.values()]
+        found["C19"] = source.over(changes, len(seeds), f"{first:,} to {last:,} tokens")
+    return found
+
+
+def designs(
+    every: Sequence[Result], decrease: Sequence[Result], source: Source
+) -> dict[str, Measurement]:
+    """C1 and C4, from ladders of the two designs with the same sizes and seeds."""
+    ours, theirs = _largest(every), _largest(decrease)
+    pair = intervals.paired(ours, theirs)
+    found = {
+        "C1": source.measured(
+            1 + pair.change,
+            None if pair.low is None else 1 + pair.low,
+            None if pair.high is None else 1 + pair.high,
+            pair.seeds,
+            f"{ours[0].experiment.samples} conversations",
+        )
+    }
+    sizes = sorted({result.experiment.samples for result in decrease})
+    if len(sizes) > 1:
+        found["C4"] = _alpha(decrease, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+    return found
+
+
+def shapes(
+    deep: Sequence[Result], wide: Sequence[Result], overfit: Sequence[Result], source: Source
+) -> dict[str, Measurement]:
+    """C8 from ladders of two shapes with the same sizes and seeds, C9 from runs at a learning rate
+    of 0.002 that stopped at no epoch but the last."""
+    found = {}
+    theirs = _by_seed(deep)
+    slopes = [
+        scaling.fit(*scaling.points(runs)).alpha - scaling.fit(*scaling.points(theirs[seed])).alpha
+        for seed, runs in _by_seed(wide).items()
+        if len(runs) > 1
+    ]
+    if slopes:
+        sizes = sorted({result.experiment.samples for result in wide})
+        found["C8"] = source.over(
+            slopes, len(slopes), f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
+        )
+    rises = [[stopping.rise(run) for run in runs] for runs in _by_seed(overfit).values()]
+    known = [[one for one in seed if one is not None] for seed in rises]
+    if known and all(len(a) == len(b) for a, b in zip(known, rises, strict=True)):
+        size = overfit[0].experiment.samples
+        found["C9"] = source.over(
+            [float(np.mean(seed)) for seed in known],
+            len(known),
+            f"{size} conversations, mean of both shapes",
+        )
+    return found
+
+
+def matrix(results: Results) -> pd.DataFrame:
+    """The configurations of a matrix of runs: fields, means over sizes and seeds.
+
+    Returns:
+        One row a configuration: the fields of `prediction.CONFIGURATION`; er and er_gap
+        (percentage points); over_size (log PPL less its mean over the size's runs); converges (in
+        all its runs).
+    """
+    fields = list(prediction.CONFIGURATION)
+    frame = results.frame()
+    frame = frame.assign(converges=frame.converged >= frame.convergence_rate)
+    # A run that was given up has no perplexity, and did not converge either.
+    converges = frame.groupby(fields).converges.all()
+    frame = frame[frame.val_ppl.notna()]
+    logs = np.log(frame.val_ppl)
+    frame = frame.assign(
+        er=100 * frame.val_er,
+        er_gap=100 * (frame.train_er - frame.val_er).abs(),
+        over_size=logs - logs.groupby(frame.samples).transform("mean"),
+    )
+    means = frame.groupby(fields)[["er", "er_gap", "over_size"]].mean()
+    return means.join(converges).reset_index()
+
+
+def configurations(results: Results, source: Source) -> dict[str, Measurement]:
+    """C5, C11-C14 and C16-C18, from a matrix of configurations, all at the same sizes and seeds."""
+    frame, table = results.frame(), matrix(results)
+    seeds, count = int(frame.seed.nunique()), f"{len(table)} configurations"
+    found: dict[str, Measurement] = {}
+    if len(table) > 3:
+        both = prediction.correlation(table.er, table.over_size)
+        found["C5"] = source.measured(both.r, both.low, both.high, seeds, count)
+        if len(set(frame.samples)) > 1:
+            ends = prediction.by_configuration(frame)
+            both = prediction.correlation(ends.alpha, ends.val_er)
+            found["C12"] = source.measured(both.r, both.low, both.high, seeds, count)
+    settled = table[table.converges]
+    for id, field, column, rows in (
+        ("C11", "dist_reg_weight", "er", settled),
+        ("C13", "num_input_tokens", "over_size", table),
+        ("C14", "context_dim", "er", settled),
+    ):
+        made = effect(rows, field, column)
+        if made is None:
+            continue
+        words, value, low, high = made
+        if column == "over_size":
+            value = math.expm1(value)
+            low, high = (None if end is None else math.expm1(end) for end in (low, high))
+        converge = " that converge" if rows is settled else ""
+        found[id] = source.measured(value, low, high, seeds, words + converge)
+    gain = prediction.what_er_adds(frame)
+    found["C16"] = source.measured(gain.gain, gain.low, gain.high, seeds, count)
+    found["C17"] = source.over(table.er_gap.tolist(), seeds, count)
+    scores = prediction.score(results)
+    rule = scores[scores.rule == prediction.JUDGED[0]].to_dict("records")[0]
+    if rule["called"]:
+        low, high = (None if pd.isna(rule[end]) else float(rule[end]) for end in ("low", "high"))
+        if low == high:  # right or wrong every time: a jackknife sees no chance in it
+            low = high = None
+        words = f"{rule['called']} calls, {count}"
+        found["C18"] = source.measured(float(rule["excess"]), low, high, seeds, words)
+    return found
+
+
+def effect(
+    table: pd.DataFrame, field: str, column: str
+) -> tuple[str, float, float | None, float | None] | None:
+    """What a field's largest value does against its least, the other fields held.
+
+    Paired over the configurations that are there with both values and are otherwise equal
+    (Student's t over the pairs). A fraction of a design may hold no such pair: then least squares
+    on the field and on every other field that varies, as categories, their interactions counting
+    as scatter.
+
+    Returns:
+        What it is over in words, effect, low, high (None without a degree of freedom left); None
+        where the configurations do not determine the effect.
+    """
+    levels = sorted(table[field].unique())
+    if len(levels) < 2:
+        return None
+    rows = table[table[field].isin([levels[0], levels[-1]])]
+    others = [name for name in prediction.CONFIGURATION if name != field]
+    wide = rows.pivot_table(column, others, field).dropna()
+    if len(wide):
+        values = (wide[levels[-1]] - wide[levels[0]]).tolist()
+        pairs = "1 pair" if len(wide) == 1 else f"{len(wide)} pairs"
+        return f"{pairs} of configurations", *intervals.mean(values)
+    return _additive(rows, rows[field] == levels[-1], rows[others], column)
+
+
+def _additive(
+    rows: pd.DataFrame, chosen: pd.Series, others: pd.DataFrame, column: str, level: float = 0.95
+) -> tuple[str, float, float | None, float | None] | None:
+    dummies = pd.get_dummies(others.astype(str), drop_first=True, dtype=float)
+    design = np.column_stack([chosen.to_numpy(float), np.ones(len(rows)), dummies.to_numpy()])
+    # The others may be confounded with one another, as long as the field is not with them.
+    rank = int(np.linalg.matrix_rank(design))
+    if np.linalg.matrix_rank(design[:, 1:]) == rank:
+        return None
+    values = rows[column].to_numpy(float)
+    inverse = np.linalg.pinv(design, rcond=1e-10)
+    solved = inverse @ values
+    found, freedom = float(solved[0]), len(rows) - rank
+    words = f"{len(rows)} configurations, no two of which differ in this alone"
+    if freedom == 0:
+        return words, found, None, None
+    variance = float(((values - design @ solved) ** 2).sum()) / freedom
+    half = (
+        float(stats.t.ppf((1 + level) / 2, freedom))
+        * math.sqrt(variance)
+        * float(np.linalg.norm(inverse[0]))
+    )
+    return words, found, found - half, found + half
+
+
+def _alpha(results: Sequence[Result], source: Source, words: str) -> Measurement:
+    found = scaling.over_runs(results)
+    return source.measured(found.alpha, found.low, found.high, found.seeds, words)
+
+
+def _largest(results: Sequence[Result]) -> list[Result]:
+    most = max(result.experiment.samples for result in results)
+    return [result for result in results if result.experiment.samples == most]
+
+
+def _by_seed(results: Sequence[Result]) -> dict[int, list[Result]]:
+    """Runs of each seed, by growing training tokens."""
+    return {
+        seed: sorted(
+            (result for result in results if result.experiment.seed == seed),
+            key=lambda result: result.train_tokens,
+        )
+        for seed in sorted({result.experiment.seed for result in results})
+    }
