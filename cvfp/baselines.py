@@ -19,6 +19,8 @@ NAMES = {
     "kneser_ney": "Kneser-Ney bigram, training tokens",
     "table": "the fitted table alone (no training tokens)",
     "kneser_ney_both": "Kneser-Ney bigram, fitting set + training tokens",
+    "trigram": "Kneser-Ney trigram, training tokens",
+    "trigram_both": "Kneser-Ney trigram, fitting set + training tokens",
 }
 
 
@@ -29,13 +31,18 @@ def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
     """
     target = data.validation.tokens
     train, fitting = _samples(data.train), _samples(data.fitting)
+
+    def kneser_ney(streams: list[Tensor], order: int) -> float:
+        return _mean(kneser_ney_nats(streams, target, data.vocab_size, order))
+
+    both = fitting + train
     return {
         "unigram": _mean(unigram_nats(train, target, data.vocab_size)),
-        "kneser_ney": _mean(kneser_ney_nats(train, target, data.vocab_size)),
+        "kneser_ney": kneser_ney(train, 2),
         "table": None if bigram is None else float(bigram.nats(target).mean()),
-        "kneser_ney_both": _mean(kneser_ney_nats(fitting + train, target, data.vocab_size))
-        if fitting
-        else None,
+        "kneser_ney_both": kneser_ney(both, 2) if fitting else None,
+        "trigram": kneser_ney(train, 3),
+        "trigram_both": kneser_ney(both, 3) if fitting else None,
     }
 
 
@@ -56,41 +63,81 @@ def unigram_nats(streams: list[Tensor], target: Tensor, vocab_size: int) -> Floa
     return nats
 
 
-def kneser_ney_nats(streams: list[Tensor], target: Tensor, vocab_size: int) -> Floats:
-    """Interpolated Kneser-Ney bigram: nats of tokens 1 … T-1 of `target`, given token 0 … T-2.
+def kneser_ney_nats(
+    streams: list[Tensor], target: Tensor, vocab_size: int, order: int = 2
+) -> Floats:
+    """Interpolated Kneser-Ney n-gram: nats of tokens 1 … T-1 of `target`, given those before.
 
-    p(y|x) = max(c(x,y) − d, 0)/c(x) + d·N(x·)/c(x) · p(y), where N(x·) is the number of different
-    followers of x, d = n1/(n1 + 2·n2), and p(y) the continuation probability N(·y)/N(··), itself
-    discounted the same way towards the uniform distribution, so that unseen tokens have a share
-    (Kneser & Ney 1995; Chen & Goodman 1998).
+    p(y|h) = max(c(h,y) − d, 0)/c(h) + d·N(h·)/c(h) · p(y|h'), where c counts n-grams at the highest
+    order and, under it, the different tokens that precede one; N(h·) is the number of different
+    followers of h, h' is h without its first token, and d = n1/(n1 + 2·n2) for each order. The last
+    p is the uniform distribution, so that unseen tokens have a share (Kneser & Ney 1995; Chen &
+    Goodman 1998). The first tokens, with fewer before them, are predicted by the lower orders.
+
+    Raises:
+        ValueError: an order under 1, or one whose n-grams do not fit 64 bits.
     """
-    pairs = np.concatenate(
-        [s.numpy()[:-1].astype(np.int64) * vocab_size + s.numpy()[1:] for s in streams]
-    )
-    seen, counts = np.unique(pairs, return_counts=True)
-    first, second = np.divmod(seen, vocab_size)
-    total = np.bincount(first, counts, vocab_size)  # c(x)
-    followers = np.bincount(first, minlength=vocab_size)  # N(x·)
-    continuations = np.bincount(second, minlength=vocab_size)  # N(·y)
-
-    discount = _discount(continuations[continuations > 0])
-    types = np.count_nonzero(continuations)
-    lower = (
-        np.maximum(continuations - discount, 0) + discount * types / vocab_size
-    ) / continuations.sum()
-
-    discount = _discount(counts)
-    x, y = target.numpy()[:-1], target.numpy()[1:]
-    wanted = x.astype(np.int64) * vocab_size + y
-    place = np.minimum(np.searchsorted(seen, wanted), len(seen) - 1)
-    count = np.where(seen[place] == wanted, counts[place], 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        higher = np.maximum(count - discount, 0) / total[x]
-        backoff = discount * followers[x] / total[x]
-    known = total[x] > 0
-    probability = np.where(known, higher + backoff * lower[y], lower[y])
+    if order < 1 or vocab_size**order >= 2**63:
+        raise ValueError(f"order: got {order}; accepted: 1 or more, vocab_size ** order under 2^63")
+    grams, counts = _grams([s.numpy().astype(np.int64) for s in streams], vocab_size, order)
+    levels = [(grams, counts)]
+    for shorter in range(order - 1, 0, -1):
+        # Each n-gram that there is counts once for its end: in how many contexts that occurs.
+        levels.append(np.unique(levels[-1][0] % vocab_size**shorter, return_counts=True))
+    tokens = target.numpy().astype(np.int64)
+    probability = np.full(len(tokens) - 1, 1 / vocab_size)
+    for number, (grams, counts) in enumerate(reversed(levels), start=1):
+        skipped = max(0, number - 2)  # tokens 1 … T-1 that have fewer than this order's before them
+        wanted = _keys(tokens, vocab_size, number)[number == 1 :]
+        probability[skipped:] = _interpolated(
+            grams, counts, wanted, vocab_size, probability[skipped:]
+        )
     nats: Floats = -np.log(probability)
     return nats
+
+
+def _keys(tokens: NDArray[np.int64], vocab_size: int, order: int) -> NDArray[np.int64]:
+    """Every n-gram of a stream as one number, its last token the lowest digit."""
+    keys = np.zeros(max(0, len(tokens) - order + 1), dtype=np.int64)
+    for place in range(order):
+        keys = keys * vocab_size + tokens[place : len(tokens) - order + 1 + place]
+    return keys
+
+
+def _grams(
+    streams: list[NDArray[np.int64]], vocab_size: int, order: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.unique(
+        np.concatenate([_keys(s, vocab_size, order) for s in streams]), return_counts=True
+    )
+
+
+def _interpolated(
+    grams: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    vocab_size: int,
+    lower: Floats,
+) -> Floats:
+    """One order's probabilities of `wanted`, from its counts and those of the order below."""
+    discount = _discount(counts)
+    # Sorted n-grams: those of one history stand together.
+    histories, first = np.unique(grams // vocab_size, return_index=True)
+    total = np.add.reduceat(counts, first) if len(counts) else counts
+    followers = np.diff(np.append(first, len(grams)))
+    place, known = _find(histories, wanted // vocab_size)
+    gram, seen = _find(grams, wanted)
+    count = np.where(seen, counts[gram], 0)
+    higher = (np.maximum(count - discount, 0) + discount * followers[place] * lower) / total[place]
+    return np.where(known, higher, lower)
+
+
+def _find(
+    among: NDArray[np.int64], wanted: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each stands in a sorted array, and whether it does."""
+    place = np.minimum(np.searchsorted(among, wanted), len(among) - 1)
+    return place, among[place] == wanted
 
 
 def _discount(counts: NDArray[np.int64]) -> float:

@@ -133,6 +133,23 @@ class Experiment:
         8000, "phase1", "consecutive tokens over which the diversity term is taken", low=2
     )
 
+    model: Literal["cvfp", "lstm", "transformer"] = _field(
+        "cvfp",
+        "phase2",
+        "'cvfp', or a peer trained end to end with as many parameters as it: an LSTM, a small "
+        "GPT-2-style transformer",
+    )
+    contexts: Literal["trained", "random", "zero", "shuffled", "window", "end_to_end"] = _field(
+        "trained",
+        "phase2",
+        "what Phase 2 reads: contexts of the 'trained' ContextBlock, of the 'random' one as "
+        "initialised, 'zero'es, trained ones 'shuffled' between positions, a plain 'window' of "
+        "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1",
+    )
+    window_tokens: int = _field(16, "phase2", "tokens before the current one in a 'window'", low=1)
+    unroll: int = _field(
+        32, "phase2", "tokens that gradients of 'end_to_end' and of the peers flow back", low=1
+    )
     weight_tying: bool = _field(True, "phase2", "head tied to the table; False: its own Linear")
     freeze_embedding: bool = _field(True, "phase2", "table (and a tied head) not trained")
     training_contexts: Literal["parallel", "exact"] = _field(
@@ -169,6 +186,12 @@ class Experiment:
         if self.embedding in ("bigram", "random") and self.embedding_dim is None:
             raise ParameterError(
                 "embedding_dim", None, f"an integer for the table {self.embedding!r}"
+            )
+        if self.model != "cvfp" and self.contexts != "trained":
+            raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
+        if self.model == "transformer" and self.num_input_tokens > 1:
+            raise ParameterError(
+                "num_input_tokens", self.num_input_tokens, "1 for model 'transformer'"
             )
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ParameterError("device", self.device, "'auto', 'cpu', 'cuda' or 'mps'")
@@ -306,6 +329,54 @@ def integers(parameter: str, value: object, *, low: int = 0) -> list[int]:
     if not numbers or len(set(numbers)) < len(numbers):
         raise ParameterError(parameter, value, accepted)
     return typing.cast(list[int], numbers)
+
+
+def numbers(parameter: str, value: object, *, above: float = 0.0) -> list[float]:
+    """A notebook's list parameter: 0.1, "0.1", [0.1, 0.2], "0.1,0.2" -> list of floats.
+
+    Raises:
+        ParameterError: anything else, an empty list, a repeated value, or one not over `above`.
+    """
+    accepted = f"a number above {above:g}, or a list of different ones such as 0.001,0.003"
+    items: Iterable[object]
+    if isinstance(value, str):
+        items = [part for part in value.strip("[]() ").split(",") if part.strip()]
+    else:
+        items = value if isinstance(value, (list, tuple)) else [value]
+    found = [_parse(item, float) for item in items]
+    for number in found:
+        number_like = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not number_like or not above < number < float("inf"):
+            raise ParameterError(parameter, value, accepted)
+    if not found or len(set(found)) < len(found):
+        raise ParameterError(parameter, value, accepted)
+    return [float(number) for number in found]
+
+
+def pair(parameter: str, value: object, *, low: int = 1) -> tuple[int, int]:
+    """A notebook's two integers, which may be equal: "6,768" or [6, 768].
+
+    Raises:
+        ParameterError: anything else, or one under `low`.
+    """
+    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and len(parts) == 2:
+        first, second = (_parse(part, int) for part in parts)
+        if type(first) is int and type(second) is int and min(first, second) >= low:
+            return first, second
+    raise ParameterError(parameter, value, f"two integers of at least {low}, such as 6,768")
+
+
+def flag(parameter: str, value: object) -> bool:
+    """A notebook's true or false: True, "true", "False", …
+
+    Raises:
+        ParameterError: anything else.
+    """
+    found = _parse(value, bool)
+    if isinstance(found, bool):
+        return found
+    raise ParameterError(parameter, value, "true or false")
 
 
 def ladder(samples: object) -> list[int]:

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cvfp import baselines, cache, contexts, embeddings, metrics, phase1, phase2, seeds, store
+from cvfp import (
+    baselines,
+    cache,
+    contexts,
+    controls,
+    embeddings,
+    end_to_end,
+    metrics,
+    phase1,
+    phase2,
+    seeds,
+    store,
+)
 from cvfp import data as data_module
-from cvfp.config import Experiment, cpu_capabilities
+from cvfp.config import Experiment, ParameterError, cpu_capabilities
 from cvfp.data import Data, Stream
+from cvfp.end_to_end import Peer
 from cvfp.model import CVFP, ContextBlock, TokenInputs, initialise
 from cvfp.progress import Stage
 
@@ -33,7 +46,8 @@ class Result:
     """What a run measured. `column_docs()` gives the meaning and unit of every column.
 
     Fields that do not apply are None: never 0 for missing. A run that Phase 1 gave up (`aborted`
-    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it.
+    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it. A control
+    without contexts, or a peer, has none of their figures.
     """
 
     key: str
@@ -47,10 +61,10 @@ class Result:
     val_acc: float | None
     val_bpb: float | None
     train_ppl: float | None
-    train_er: float
-    val_er: float
-    phase1_iterations: int
-    converged: float
+    train_er: float | None
+    val_er: float | None
+    phase1_iterations: int | None
+    converged: float | None
     best_epoch: int | None
     aborted: str | None
     baselines: dict[str, dict[str, float] | None]
@@ -59,7 +73,9 @@ class Result:
     train_spectrum: list[float]
     val_spectrum: list[float]
     val_conversations: list[dict[str, float]]
-    context_sweeps: int
+    val_positions: list[dict[str, float]]
+    val_frequencies: list[dict[str, float]]
+    context_sweeps: int | None
     context_error: float | None
     contraction_rate: float | None
     memory_length: int | None
@@ -73,7 +89,31 @@ class Result:
     threads: int
     versions: dict[str, str]
     from_store: bool = field(default=False, compare=False)
-    _model: CVFP | None = field(default=None, repr=False, compare=False)
+    _model: CVFP | Peer | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ranks(self) -> tuple[float, float]:
+        """Effective rank of the training and of the validation contexts, fractions of D.
+
+        Raises:
+            ParameterError: a run without contexts.
+        """
+        if self.train_er is None or self.val_er is None:
+            kind = (self.experiment.model, self.experiment.contexts)
+            raise ParameterError("model, contexts", kind, "a run that has contexts")
+        return self.train_er, self.val_er
+
+    @property
+    def phase1_end(self) -> tuple[int, float]:
+        """Phase 1's iterations, and the fraction of tokens converged at the last.
+
+        Raises:
+            ParameterError: a run without a Phase 1.
+        """
+        if self.phase1_iterations is None or self.converged is None:
+            kind = (self.experiment.model, self.experiment.contexts)
+            raise ParameterError("model, contexts", kind, "a run that has a Phase 1")
+        return self.phase1_iterations, self.converged
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, without the model."""
@@ -86,7 +126,7 @@ class Result:
     def from_dict(cls, record: dict[str, Any]) -> Result:
         return cls(**{**record, "experiment": Experiment(**record["experiment"])})
 
-    def model(self) -> CVFP:
+    def model(self) -> CVFP | Peer:
         """The trained model with its tokeniser: this run's, or the one kept in the store.
 
         Raises:
@@ -164,8 +204,23 @@ def column_docs() -> dict[str, str]:
     return docs
 
 
-def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer) -> CVFP:
-    """The untrained model of an Experiment over `table` [V, E], on the CPU."""
+def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer) -> CVFP | Peer:
+    """The untrained model of an Experiment over `table` [V, E], on the CPU.
+
+    Raises:
+        ParameterError: a peer that cannot be matched to CVFP's size.
+    """
+    if experiment.model != "cvfp":
+        size = controls.size(experiment, table.shape[1])
+        seed = seeds.generator(experiment.seed, "peer").initial_seed()
+        return end_to_end.peer(experiment, table, size, seed)
+    return build_cvfp(experiment, table, tokenizer)
+
+
+def build_cvfp(
+    experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
+) -> CVFP:
+    """The untrained CVFP of an Experiment over `table` [V, E], on the CPU."""
     model = CVFP(
         table,
         num_layers=experiment.num_layers,
@@ -175,14 +230,41 @@ def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenize
         weight_tying=experiment.weight_tying,
         freeze_embedding=experiment.freeze_embedding,
         tokenizer=tokenizer,
+        context_widths=controls.context_widths(experiment, table.shape[1]),
+        generates=experiment.contexts in ("trained", "random", "end_to_end"),
     )
+    if experiment.contexts == "end_to_end":
+        model.context_table = None  # no Phase 1 that the table would have to stay as it was for
     initialise(model.context_block, seeds.generator(experiment.seed, "context_block"))
     initialise(model.token_block, seeds.generator(experiment.seed, "token_block"))
+    if experiment.contexts == "window":
+        controls.level_window(model, experiment.context_dim)
     return model
 
 
+@dataclass
+class Learned:
+    """What training leaves, whatever the model."""
+
+    second: phase2.Phase2 | None
+    parameters: dict[str, int]
+    first: phase1.Phase1 | None = None
+    from_store: bool = False
+    train_spectrum: Tensor | None = None
+    validation: contexts.Contexts | None = None
+    recurrence: contexts.Recurrence | None = None
+
+    def rank(self, spectrum: Tensor | None, width: int) -> float | None:
+        return None if spectrum is None else metrics.effective_rank(spectrum) / width
+
+    @property
+    def val_spectrum(self) -> Tensor | None:
+        return None if self.validation is None else metrics.singular_values(self.validation.values)
+
+
 def run(experiment: Experiment, *, reuse: bool = True) -> Result:
-    """Both phases of an Experiment, measured and stored; the same Experiment returns at once.
+    """An Experiment, both phases of it where it has two, measured and stored; the same Experiment
+    returns at once.
 
     Args:
         reuse: take a finished run or Phase 1 from the store; False measures anew, and stores.
@@ -203,46 +285,23 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         result.from_store = True
         return result
 
-    device = experiment.device
-    model = build(experiment, table.weight, data.tokenizer).to(device)
-    train_tokens = data.train.tokens.to(device)
-    val_tokens = data.validation.tokens.to(device)
-    phase1_key = store.key(experiment, *fingerprints, phase1=True)
-    first, from_store = _phase1(
-        experiment, model, train_tokens, val_tokens, phase1_key, watch, reuse
-    )
-
-    with watch("contexts"):
-        block = model.context_block
-        val_inputs = model.context_inputs(val_tokens)
-        validation = exact_contexts(block, val_inputs)
-        recurrence = contexts.diagnose(block, val_inputs, validation.values)
-        train_contexts = first.contexts
-        if experiment.training_contexts == "exact":
-            train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
-        train_spectrum = metrics.singular_values(train_contexts)
-        val_spectrum = metrics.singular_values(validation.values)
-
-    second = None
-    if first.aborted is None:
-        batches = experiment.phase2_epochs * len(train_tokens)
-        with watch("phase2"), Stage("Phase 2", batches, unit="tok") as stage:
-            second = phase2.train(
-                model,
-                train_contexts,
-                train_tokens,
-                validation.values,
-                val_tokens,
-                experiment,
-                seeds.generator(experiment.seed, "batches"),
-                report=lambda row: stage.advance(0, row),
-                tick=stage.advance,
-            )
+    model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
+    if isinstance(model, Peer):
+        learned = _peer(experiment, model, data, watch)
+    elif experiment.contexts == "end_to_end":
+        learned = _end_to_end(experiment, model, data, watch)
+    else:
+        phase1_key = store.key(experiment, *fingerprints, phase1=True)
+        learned = _two_phases(experiment, model, data, phase1_key, watch, reuse)
     with watch("baselines"):
-        lines = baselines.evaluate(data, table.bigram)
+        lines = _baselines(data, table, reuse)
 
+    first, second, recurrence = learned.first, learned.second, learned.recurrence
+    validation, width = learned.validation, experiment.context_dim
+    train_spectrum, val_spectrum = learned.train_spectrum, learned.val_spectrum
     predicted = len(data.validation) - 1
     val_bytes = data.tokenizer.count_bytes(data.validation.tokens[1:])
+    judged = None if second is None else second.validation
     result = Result(
         key=key,
         experiment=experiment,
@@ -250,19 +309,19 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         val_tokens=len(data.validation),
         vocab_size=len(table.weight),
         embedding_dim=table.weight.shape[1],
-        parameters=model.parameter_counts(),
-        val_ppl=None if second is None else metrics.perplexity(second.validation.loss),
-        val_acc=None if second is None else second.validation.accuracy,
+        parameters=learned.parameters,
+        val_ppl=None if judged is None else metrics.perplexity(judged.loss),
+        val_acc=None if judged is None else judged.accuracy,
         val_bpb=None
-        if second is None
-        else metrics.bits_per_byte(float(second.validation.nats.sum()), val_bytes),
+        if judged is None
+        else metrics.bits_per_byte(float(judged.nats.sum()), val_bytes),
         train_ppl=None if second is None else metrics.perplexity(second.train_loss),
-        train_er=metrics.effective_rank(train_spectrum) / experiment.context_dim,
-        val_er=metrics.effective_rank(val_spectrum) / experiment.context_dim,
-        phase1_iterations=first.iterations,
-        converged=first.converged,
+        train_er=learned.rank(train_spectrum, width),
+        val_er=learned.rank(val_spectrum, width),
+        phase1_iterations=None if first is None else first.iterations,
+        converged=None if first is None else first.converged,
         best_epoch=None if second is None else second.best_epoch,
-        aborted=first.aborted,
+        aborted=None if first is None else first.aborted,
         baselines={
             name: None
             if loss is None
@@ -272,22 +331,24 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
             }
             for name, loss in lines.items()
         },
-        phase1_history=first.history,
+        phase1_history=[] if first is None else first.history,
         phase2_history=[] if second is None else second.history,
-        train_spectrum=train_spectrum.tolist(),
-        val_spectrum=val_spectrum.tolist(),
-        val_conversations=[]
-        if second is None
-        else _by_conversation(data.validation, second.validation),
-        context_sweeps=validation.sweeps,
-        context_error=validation.error_bound if math.isfinite(validation.error_bound) else None,
-        contraction_rate=recurrence.contraction_rate,
-        memory_length=recurrence.memory_length,
+        train_spectrum=[] if train_spectrum is None else train_spectrum.tolist(),
+        val_spectrum=[] if val_spectrum is None else val_spectrum.tolist(),
+        val_conversations=[] if judged is None else _by_conversation(data.validation, judged),
+        val_positions=[] if judged is None else _by_position(data.validation, judged),
+        val_frequencies=[] if judged is None else _by_frequency(data, judged),
+        context_sweeps=None if validation is None else validation.sweeps,
+        context_error=None
+        if validation is None or not math.isfinite(validation.error_bound)
+        else validation.error_bound,
+        contraction_rate=None if recurrence is None else recurrence.contraction_rate,
+        memory_length=None if recurrence is None else recurrence.memory_length,
         seconds=watch.seconds,
-        phase1_from_store=from_store,
+        phase1_from_store=learned.from_store,
         **watch.peaks(),
-        device=device,
-        device_name=_device_name(device),
+        device=experiment.device,
+        device_name=_device_name(experiment.device),
         precision=experiment.precision,
         threads=torch.get_num_threads(),
         versions={
@@ -299,6 +360,102 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     store.write_model(key, model.state_dict())
     store.write_run(key, result.to_dict())
     return result
+
+
+def _two_phases(
+    experiment: Experiment, model: CVFP, data: Data, key: str, watch: Watch, reuse: bool
+) -> Learned:
+    """CVFP as it is, and the controls that differ from it in what Phase 2 reads.
+
+    Args:
+        key: of its Phase 1 in the store.
+    """
+    device, kind = experiment.device, experiment.contexts
+    train_tokens, val_tokens = data.train.tokens.to(device), data.validation.tokens.to(device)
+    learned = Learned(None, controls.parameter_counts(model, experiment))
+    if kind in ("trained", "shuffled"):
+        learned.first, learned.from_store = _phase1(
+            experiment, model, train_tokens, val_tokens, key, watch, reuse
+        )
+        if learned.first.aborted is not None:
+            kind = "trained"  # what there is of it is measured
+    train_contexts = val_contexts = None
+    if kind in ("trained", "random", "shuffled"):
+        with watch("contexts"):
+            block = model.context_block
+            val_inputs = model.context_inputs(val_tokens)
+            learned.validation = exact_contexts(block, val_inputs)
+            val_contexts = learned.validation.values
+            learned.recurrence = contexts.diagnose(block, val_inputs, val_contexts)
+            if learned.first is None or experiment.training_contexts == "exact":
+                train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
+            else:
+                train_contexts = learned.first.contexts
+            learned.train_spectrum = metrics.singular_values(train_contexts)
+    if learned.first is not None and learned.first.aborted is not None:
+        return learned
+    with _phase2_stage(experiment, data, watch) as (report, tick):
+        learned.second = phase2.train(
+            controls.positions(model, train_contexts, train_tokens, experiment),
+            controls.positions(model, val_contexts, val_tokens, experiment),
+            experiment,
+            seeds.generator(experiment.seed, "batches"),
+            report,
+            tick,
+        )
+    return learned
+
+
+def _end_to_end(experiment: Experiment, model: CVFP, data: Data, watch: Watch) -> Learned:
+    train_tokens = data.train.tokens.to(experiment.device)
+    val_tokens = data.validation.tokens.to(experiment.device)
+    with _phase2_stage(experiment, data, watch) as (report, tick):
+        second = end_to_end.train(
+            model,
+            end_to_end.Unrolled(model),
+            lambda: end_to_end.judge(model, val_tokens),
+            train_tokens,
+            experiment,
+            seeds.generator(experiment.seed, "batches"),
+            report,
+            tick,
+        )
+    with watch("contexts"):
+        block, inputs = model.context_block, model.context_inputs(val_tokens)
+        validation = exact_contexts(block, inputs)
+        train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
+        return Learned(
+            second,
+            model.parameter_counts(),
+            train_spectrum=metrics.singular_values(train_contexts),
+            validation=validation,
+            recurrence=contexts.diagnose(block, inputs, validation.values),
+        )
+
+
+def _peer(experiment: Experiment, model: Peer, data: Data, watch: Watch) -> Learned:
+    tokens = data.validation.tokens.to(experiment.device)
+    with _phase2_stage(experiment, data, watch) as (report, tick):
+        second = end_to_end.train(
+            model,
+            model.read,
+            lambda: model.judge(tokens, experiment.num_input_tokens),
+            data.train.tokens.to(experiment.device),
+            experiment,
+            seeds.generator(experiment.seed, "batches"),
+            report,
+            tick,
+        )
+    return Learned(second, model.parameter_counts())
+
+
+@contextlib.contextmanager
+def _phase2_stage(
+    experiment: Experiment, data: Data, watch: Watch
+) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[int], None]]]:
+    batches = experiment.phase2_epochs * len(data.train)
+    with watch("phase2"), Stage("Phase 2", batches, unit="tok") as stage:
+        yield lambda row: stage.advance(0, row), stage.advance
 
 
 def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, embeddings.Table]:
@@ -330,6 +487,19 @@ def exact_contexts(block: ContextBlock, inputs: TokenInputs) -> contexts.Context
             "phase1_learning_rate, num_layers and token_input_all_layers"
         )
     return made
+
+
+def _baselines(data: Data, table: embeddings.Table, reuse: bool) -> dict[str, float | None]:
+    """What `baselines.evaluate` gives; kept, for it is the same for all runs on the same data."""
+    model = table.bigram
+    weights = [] if model is None else [model.table, model.weight, model.bias]
+    code = cache.code_fingerprint("baselines", "embeddings")
+    key = cache.digest(data.fingerprint, *weights, code)
+    kept = store.read_baselines(key) if reuse else None
+    if kept is None:
+        kept = baselines.evaluate(data, model)
+        store.write_baselines(key, kept)
+    return kept
 
 
 def _phase1(
@@ -379,9 +549,41 @@ def _phase1(
 
 def _by_conversation(stream: Stream, evaluation: phase2.Evaluation) -> list[dict[str, float]]:
     """Predicted tokens, their nats and how many were right, for each conversation."""
-    # Prediction i is of token i + 1.
-    which = torch.bucketize(torch.arange(1, len(stream)), stream.starts, right=True) - 1
-    zeros = torch.zeros(len(stream.starts), dtype=torch.float64)
+    return _sums(_conversation(stream), len(stream.starts), evaluation)
+
+
+def _by_position(stream: Stream, evaluation: phase2.Evaluation) -> list[dict[str, float]]:
+    """The same by the predicted token's place in its conversation: 0-3, 4-7, 8-15, …"""
+    places = torch.arange(1, len(stream)) - stream.starts[_conversation(stream)]
+    edges = [0, *(2**power for power in range(2, int(places.max()).bit_length()))]
+    return _binned(places, edges, evaluation)
+
+
+def _by_frequency(data: Data, evaluation: phase2.Evaluation) -> list[dict[str, float]]:
+    """The same by how often the predicted token is in the training stream: 0, 1-9, 10-99, …"""
+    counts = torch.bincount(data.train.tokens, minlength=data.vocab_size)
+    seen = counts[data.validation.tokens[1:]]
+    edges = [0, *(10**power for power in range(len(str(int(seen.max())))))]
+    return _binned(seen, edges, evaluation)
+
+
+def _conversation(stream: Stream) -> Tensor:
+    """Of which conversation tokens 1 … T-1 are."""
+    return torch.bucketize(torch.arange(1, len(stream)), stream.starts, right=True) - 1
+
+
+def _binned(
+    values: Tensor, edges: list[int], evaluation: phase2.Evaluation
+) -> list[dict[str, float]]:
+    which = torch.bucketize(values, torch.tensor(edges), right=True) - 1
+    rows = _sums(which, len(edges), evaluation)
+    return [
+        {"low": float(low), **row} for low, row in zip(edges, rows, strict=True) if row["tokens"]
+    ]
+
+
+def _sums(which: Tensor, count: int, evaluation: phase2.Evaluation) -> list[dict[str, float]]:
+    zeros = torch.zeros(count, dtype=torch.float64)
     sums = [
         zeros.index_add(0, which, values.double())
         for values in (torch.ones_like(evaluation.nats), evaluation.nats, evaluation.correct)

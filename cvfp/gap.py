@@ -92,7 +92,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         raise ParameterError("sweeps", sweeps, "at least 1")
     exp = exp.resolved()
     data, table = experiment.prepare(exp)
-    model = experiment.build(exp, table.weight, data.tokenizer).to(exp.device)
+    model = experiment.build_cvfp(exp, table.weight, data.tokenizer).to(exp.device)
     block, inputs = model.context_block, model.context_inputs(data.train.tokens.to(exp.device))
     if len(inputs) < 3 * POSITIONS:
         raise ParameterError("samples", exp.samples, f"at least {3 * POSITIONS} training tokens")

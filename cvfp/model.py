@@ -263,6 +263,10 @@ class CVFP(nn.Module):
     Phase 1 learns the ContextBlock over the table it is given. If Phase 2 trains the table
     (`freeze_embedding=False`), the ContextBlock goes on reading the table as it was, or its
     contexts would no longer be the fixed points that Phase 1 found.
+
+    Args:
+        context_widths: of what the TokenBlock's layers read; None: the ContextBlock's outputs.
+        generates: False for a control that reads no contexts of its own.
     """
 
     def __init__(
@@ -276,16 +280,20 @@ class CVFP(nn.Module):
         weight_tying: bool,
         freeze_embedding: bool,
         tokenizer: Tokenizer | None = None,
+        context_widths: Sequence[int] | None = None,
+        generates: bool = True,
     ) -> None:
         super().__init__()
         vocab_size, embedding_dim = table.shape
         input_dim = num_input_tokens * embedding_dim
         self.num_input_tokens = num_input_tokens
         self.tokenizer = tokenizer
+        self.generates = generates
         self.context_block = ContextBlock(
             num_layers, context_dim, input_dim, token_input_all_layers
         )
-        self.token_block = TokenBlock(self.context_block.widths, embedding_dim, input_dim)
+        self.context_widths = list(context_widths or self.context_block.widths)
+        self.token_block = TokenBlock(self.context_widths, embedding_dim, input_dim)
         self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
         self.context_table: Tensor | None
         self.register_buffer("context_table", None if freeze_embedding else table.clone())
@@ -328,6 +336,10 @@ class CVFP(nn.Module):
         Raises:
             ValueError: no tokeniser, a prompt without tokens, or a number out of range.
         """
+        if not self.generates:
+            raise ValueError(
+                "contexts: got a control without them; accepted: a model that has them"
+            )
         if self.tokenizer is None:
             raise ValueError("tokenizer: got None; accepted: a model made with a tokeniser")
         if max_new_tokens < 1:

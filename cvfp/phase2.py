@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
@@ -53,6 +53,16 @@ class Phase2:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+class Predictor(Protocol):
+    """A model that ends in a table or head: what training and judging it takes."""
+
+    embedding: nn.Parameter  # [V, E]
+    head: nn.Linear | None
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 class Positions:
     """Positions of a stream with all that predicting the next token takes: contexts and tokens.
 
@@ -66,12 +76,17 @@ class Positions:
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
 
+    def outputs(self, positions: Tensor, seen: Tensor) -> list[Tensor]:
+        """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock sees `seen`
+        [B, n·E]: [B, widths[i]] each."""
+        read = self.contexts[(positions - 1).clamp(min=0)] * (positions > 0)[:, None]
+        return self.model.context_block(read, seen)
+
     def hidden(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
         """h [B, E] at `positions`; `inputs` are what the TokenBlock reads."""
-        read = self.contexts[(positions - 1).clamp(min=0)] * (positions > 0)[:, None]
         with torch.no_grad():
             seen = self.context_inputs.dense(positions)
-            outputs = self.model.context_block(read, seen)
+            outputs = self.outputs(positions, seen)
         e = seen if self.model.context_table is None else inputs.dense(positions)
         return self.model.token_block(outputs, e)
 
@@ -123,15 +138,40 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
+class NextToken:
+    """Mean nats of the tokens that follow, through the model's head.
+
+    Args:
+        rows: most positions in a batch.
+    """
+
+    def __init__(self, model: Predictor, rows: int, precision: str) -> None:
+        self.model = model
+        weight = model.embedding
+        self.frozen = None
+        if model.head is None and not weight.requires_grad and weight.device.type == "cpu":
+            self.frozen = FrozenHead(weight.detach(), rows, precision)
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Of `target` [B], from h [B, E]."""
+        if self.frozen is not None:
+            return self.frozen.loss(hidden, target)
+        return F.cross_entropy(self.model.logits(hidden), target)
+
+
 @torch.no_grad()
-def evaluate(model: CVFP, contexts: Tensor, tokens: Tensor) -> Evaluation:
-    """Float32 evaluation of a stream: contexts [T, D], tokens int64 [T], T at least 2."""
-    stream = Positions(model, contexts, tokens)
+def evaluate(stream: Positions) -> Evaluation:
+    """Float32 evaluation of a stream of at least two tokens."""
     inputs = stream.token_inputs()
+    return judge(stream.model, stream.tokens, lambda positions: stream.hidden(positions, inputs))
+
+
+def judge(model: Predictor, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Float32 evaluation of h [B, E] at positions [B]: all of a stream but the last."""
     nats, correct = [], []
     batch = max(1, EVALUATION_LOGITS[tokens.device.type] // len(model.embedding))
-    for positions in torch.arange(stream.total, device=tokens.device).split(batch):
-        logits = stream.logits(positions, inputs)
+    for positions in torch.arange(len(tokens) - 1, device=tokens.device).split(batch):
+        logits = model.logits(hidden(positions))
         target = tokens[positions + 1]
         nats.append(F.cross_entropy(logits, target, reduction="none"))
         correct.append(logits.argmax(dim=-1) == target)
@@ -139,11 +179,8 @@ def evaluate(model: CVFP, contexts: Tensor, tokens: Tensor) -> Evaluation:
 
 
 def train(
-    model: CVFP,
-    train_contexts: Tensor,
-    train_tokens: Tensor,
-    validation_contexts: Tensor,
-    validation_tokens: Tensor,
+    train: Positions,
+    validation: Positions,
     experiment: Experiment,
     generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda row: None,
@@ -152,7 +189,7 @@ def train(
     """Train TokenBlock, head and table (what of them is trainable) in place; keep the best epoch.
 
     Args:
-        train_contexts, validation_contexts: [T, D] each, on the model's device.
+        train, validation: of the same model, on its device.
         experiment: its `phase2` fields, and the precision of the products.
         generator: on the CPU; draws the order of the tokens.
         report: called with each row of the history. tick: called with each batch's tokens.
@@ -160,39 +197,65 @@ def train(
     Raises:
         FloatingPointError: the validation loss is not finite.
     """
+    model, device = train.model, train.tokens.device
     model.context_block.requires_grad_(False)
+    size = min(experiment.phase2_batch_size, train.total)
+    head = NextToken(model, size, experiment.precision)
+
+    def batches() -> Iterator[tuple[Tensor, int]]:
+        order = (
+            torch.randperm(train.total, generator=generator)
+            if experiment.phase2_shuffle
+            else torch.arange(train.total)
+        ).to(device)
+        for positions in order.split(size):
+            with autocast(experiment.precision, device):
+                hidden = train.hidden(positions, train.token_inputs())
+                loss = head.loss(hidden, train.tokens[positions + 1])
+            yield loss, len(positions)
+
+    return fit(model, batches, lambda: evaluate(validation), experiment, report, tick)
+
+
+def fit(
+    model: Predictor,
+    batches: Callable[[], Iterable[tuple[Tensor, int]]],
+    validate: Callable[[], Evaluation],
+    experiment: Experiment,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+    tick: Callable[[int], None] = lambda tokens: None,
+    clip: float | None = None,
+) -> Phase2:
+    """Train what of the model is trainable in place, by epochs; keep the best.
+
+    Args:
+        batches: an epoch: mean loss and positions of each batch, made when it is asked for.
+        validate: evaluates the model as it is.
+        experiment: `phase2_learning_rate`, `phase2_epochs`, `phase2_patience`.
+        report: called with each row of the history. tick: called with each batch's positions.
+        clip: largest gradient norm.
+
+    Raises:
+        FloatingPointError: the validation loss is not finite.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.Adam(trained.values(), lr=experiment.phase2_learning_rate, fused=True)
-    stream = Positions(model, train_contexts, train_tokens)
-    device = train_tokens.device
-    frozen = None
-    if model.head is None and not model.embedding.requires_grad and device.type == "cpu":
-        rows = min(experiment.phase2_batch_size, stream.total)
-        frozen = FrozenHead(model.embedding.detach(), rows, experiment.precision)
     best: Phase2 | None = None
     best_weights: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
     for epoch in range(1, experiment.phase2_epochs + 1):
-        order = (
-            torch.randperm(stream.total, generator=generator)
-            if experiment.phase2_shuffle
-            else torch.arange(stream.total)
-        ).to(device)
-        total = torch.zeros((), device=device)
-        for positions in order.split(experiment.phase2_batch_size):
-            with autocast(experiment.precision, device):
-                inputs, target = stream.token_inputs(), train_tokens[positions + 1]
-                if frozen is not None:
-                    loss = frozen.loss(stream.hidden(positions, inputs), target)
-                else:
-                    loss = F.cross_entropy(stream.logits(positions, inputs), target)
+        total, count = torch.zeros((), device=model.embedding.device), 0
+        for loss, positions in batches():
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             optimiser.step()
-            total += loss.detach() * len(positions)
-            tick(len(positions))
-        validation = evaluate(model, validation_contexts, validation_tokens)
-        train_loss = float(total) / stream.total
+            total += loss.detach() * positions
+            count += positions
+            tick(positions)
+        validation = validate()
+        train_loss = float(total) / count
         row = {
             "epoch": float(epoch),
             "train_loss": train_loss,

@@ -8,8 +8,19 @@ import numpy as np
 import torch
 
 # A purpose has a stream of its own: drawing more for one changes none of the others.
-PURPOSES = ("context_block", "phase1", "token_block", "batches", "embedding", "gap")
-Purpose = Literal["context_block", "phase1", "token_block", "batches", "embedding", "gap"]
+PURPOSES = (
+    "context_block",
+    "phase1",
+    "token_block",
+    "batches",
+    "embedding",
+    "gap",
+    "order",
+    "peer",
+)
+Purpose = Literal[
+    "context_block", "phase1", "token_block", "batches", "embedding", "gap", "order", "peer"
+]
 
 
 def generator(seed: int, purpose: Purpose, device: str = "cpu") -> torch.Generator:

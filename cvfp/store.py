@@ -8,6 +8,7 @@ and of tokenizers, and the code, as an AST without docstrings, so that a comment
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,7 @@ from cvfp import cache
 from cvfp.config import Experiment
 
 PHASE1_CODE = ("data", "embeddings", "model", "phase1", "seeds", "contexts", "metrics")
-RUN_CODE = (*PHASE1_CODE, "phase2", "baselines", "experiment")
+RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment")
 
 MODEL_BYTES = 50_000_000
 # Phase 1's contexts are large and can be made again: the least recently used go first.
@@ -38,6 +39,8 @@ def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) 
     stages = ("context", "phase1", "run") if phase1 else ("context", "phase1", "phase2", "run")
     code = cache.code_fingerprint(*(PHASE1_CODE if phase1 else RUN_CODE))
     versions = [torch.__version__, tokenizers.__version__]
+    if experiment.model == "transformer":
+        versions.append(importlib.metadata.version("transformers"))
     return cache.digest(experiment.to_dict(*stages), data, table, code, versions)
 
 
@@ -53,6 +56,20 @@ def read_run(key: str) -> dict[str, Any] | None:
 def write_run(key: str, record: dict[str, Any]) -> None:
     with cache.whole(cache.home() / "runs" / f"{key}.json") as path:
         path.write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_baselines(key: str) -> dict[str, float | None] | None:
+    """Kept nats per token of the baselines, or None."""
+    path = cache.home() / "baselines" / f"{key}.json"
+    if not path.exists():
+        return None
+    lines: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))
+    return lines
+
+
+def write_baselines(key: str, lines: dict[str, float | None]) -> None:
+    with cache.whole(cache.home() / "baselines" / f"{key}.json") as path:
+        path.write_text(json.dumps(lines, allow_nan=False), encoding="utf-8")
 
 
 def read_model(key: str) -> dict[str, Tensor] | None:

@@ -548,6 +548,27 @@ def test_from_a_terminal(tmp_path: Path) -> None:
     assert done.stdout.strip().endswith("claims.md: 1 of 19 claims measured")
     page = (tmp_path / "claims.md").read_text(encoding="utf-8")
     assert page == claims.markdown(claims.measurements())
+    assert claims.load(tmp_path / "claims.json") == claims.measurements()
+
+
+def test_earlier_measurements_stay_in_the_ledger(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "claims.md"
+    monkeypatch.setattr(sys, "argv", ["claims", str(path)])
+    claims.record("C2", measurement())
+    claims.record("C1", measurement())
+    claims._main()
+    (store / "C2.json").unlink()
+    claims.record("C1", measurement(value=0.75))
+    claims._main()
+    kept = claims.load(tmp_path / "claims.json")
+    assert list(kept) == ["C1", "C2"]
+    assert (kept["C1"].value, kept["C2"].value) == (0.75, 0.8)
+    assert path.read_text(encoding="utf-8") == claims.markdown(kept)
+    (tmp_path / "claims.json").write_text('{"C77": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"claims.json: got .* accepted: what this module wrote"):
+        claims._main()
 
 
 def test_the_page_needs_a_file(

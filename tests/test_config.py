@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvfp import Experiment, ParameterError, config, sweep
-from cvfp.config import PRESETS, integers, ladder
+from cvfp.config import PRESETS, flag, integers, ladder, numbers, pair
 
 BAD = [
     ("samples", "many", "an integer"),
@@ -229,6 +229,45 @@ def test_integers_refuses_and_names(value: object) -> None:
     with pytest.raises(ParameterError) as caught:
         integers("seeds", value)
     assert_names(caught.value, "seeds", value, "an integer of at least 0")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(0.1, [0.1]), ("0.1", [0.1]), ("0.001,0.003", [0.001, 0.003]), ([1, 0.5], [1.0, 0.5])],
+)
+def test_numbers(value: object, found: list[float]) -> None:
+    assert numbers("rates", value) == found
+
+
+@pytest.mark.parametrize("value", ["", [], "0.1,0.1", "a", -1, 0, float("nan"), True, "inf", None])
+def test_numbers_refuses_and_names(value: object) -> None:
+    with pytest.raises(ParameterError, match=r"rates: got .* accepted: a number above 0"):
+        numbers("rates", value)
+
+
+@pytest.mark.parametrize("value", ["6,768", "(6, 768)", (6, 768), [6, 768]])
+def test_pair(value: object) -> None:
+    assert pair("deep", value) == (6, 768)
+    assert pair("deep", "64,64") == (64, 64)
+
+
+@pytest.mark.parametrize("value", ["6", "6,7,8", "0,5", "a,b", 6, None, (6.5, 7), [True, 2], ""])
+def test_pair_refuses_and_names(value: object) -> None:
+    with pytest.raises(ParameterError, match=r"deep: got .* accepted: two integers of at least 1"):
+        pair("deep", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(True, True), ("true", True), ("False", False), (False, False)]
+)
+def test_flag(value: object, found: bool) -> None:
+    assert flag("full", value) is found
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, None, ""])
+def test_flag_refuses_and_names(value: object) -> None:
+    with pytest.raises(ParameterError, match=r"full: got .* accepted: true or false"):
+        flag("full", value)
 
 
 def test_integers_has_a_lower_limit() -> None:

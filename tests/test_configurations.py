@@ -28,7 +28,7 @@ def figures(one: Measurement) -> Any:
 # Main effects
 
 
-ALONE = ", no two of which differ in this alone"
+ALONE = " {}, no two of which differ in this alone"
 
 
 def factorial(effect: Callable[..., float], **levels: Sequence[Any]) -> pd.DataFrame:
@@ -53,14 +53,14 @@ def test_effect_in_a_full_factorial_is_paired(field: str) -> None:
     pairs = differences(table, field, low, high)
     found = measures.effect(table.sample(frac=1, random_state=0), field, "y")
     assert found is not None
-    assert found[0] == "6 pairs of configurations"
+    assert found[0] == "6 pairs of {}"
     assert found[1:] == pytest.approx(student(pairs))
 
 
 def test_effect_is_of_the_largest_value_against_the_least() -> None:
     table = factorial(lambda context_dim, **_: (context_dim == 128) * 100 + context_dim, **LEVELS)
     ends: Any = measures.effect(table, "context_dim", "y")
-    assert ends == ("4 pairs of configurations", *[pytest.approx(192)] * 3)
+    assert ends == ("4 pairs of {}", *[pytest.approx(192)] * 3)
 
 
 def planted(**fields: float) -> float:
@@ -76,7 +76,7 @@ def test_half_a_fraction_gives_the_planted_effect() -> None:
     )
     for name, effect in (("a", 1.5), ("b", -2.0), ("c", 0.7), ("d", 4.0)):
         found = measures.effect(half, names[name], "y")
-        assert found == (f"8 configurations{ALONE}", *[pytest.approx(effect)] * 3)
+        assert found == (f"8{ALONE}", *[pytest.approx(effect)] * 3)
 
 
 def test_effect_needs_values_that_vary_apart() -> None:
@@ -86,7 +86,7 @@ def test_effect_needs_values_that_vary_apart() -> None:
     # Which does not touch the third.
     third = together.assign(y=together.context_dim / 64 + 5 * together.num_input_tokens)
     assert measures.effect(third, "context_dim", "y") == (
-        "2 pairs of configurations",
+        "2 pairs of {}",
         *[pytest.approx(3)] * 3,
     )
     assert measures.effect(table, "num_layers", "y") is None
@@ -94,7 +94,7 @@ def test_effect_needs_values_that_vary_apart() -> None:
     # One pair: an effect, and nothing to judge it by.
     pair = table[(table.context_dim == 64) & (table.num_input_tokens == 1)]
     found: Any = measures.effect(pair.assign(y=[1.0, 3.0]), "dist_reg_weight", "y")
-    assert found == ("1 pair of configurations", pytest.approx(2.0), None, None)
+    assert found == ("1 pair of {}", pytest.approx(2.0), None, None)
 
 
 # A matrix: C5, C11 to C14, C16 to C18
@@ -104,6 +104,12 @@ def averages(results: Results, value: Callable[[Result], float]) -> list[float]:
     """The mean of each configuration's runs, in the order of `matrix`."""
     each = [value(one) for one in results]
     return [statistics.fmean(each[start : start + 6]) for start in range(0, len(each), 6)]
+
+
+def shaped(each: Sequence[float]) -> list[float]:
+    """The two weights of every shape, averaged: the weight is the first of LEVELS."""
+    half = len(each) // 2
+    return [(low + high) / 2 for low, high in zip(each[:half], each[half:], strict=True)]
 
 
 def log_ppl(one: Result) -> float:
@@ -133,18 +139,19 @@ def test_matrix_of_configurations() -> None:
     assert found.converges.all()
 
 
-def test_correlations_are_over_configurations() -> None:
+def test_correlations_are_over_shapes() -> None:
     results = matrix()
     found = measures.configurations(results, SOURCE)
-    ranks = averages(results, lambda one: one.val_er)
-    both = stats.pearsonr(ranks, averages(results, log_ppl))
+    ranks = shaped(averages(results, lambda one: one.val_er))
+    both = stats.pearsonr(ranks, shaped(averages(results, log_ppl)))
     ends = both.confidence_interval(0.95)
     assert figures(found["C5"]) == pytest.approx((both.statistic, ends.low, ends.high))
     alphas, last = [], []
-    for start in range(0, len(results), 6):
-        runs = results[start : start + 6]
+    for start in range(0, len(results) // 2, 6):
+        other = start + len(results) // 2
+        runs = results[start : start + 6] + results[other : other + 6]
         alphas.append(slope([log_ppl(one) for one in runs], [one.train_tokens for one in runs]))
-        last.append(statistics.fmean(one.val_er for one in runs[3:]))
+        last.append(statistics.fmean(one.ranks[1] for one in runs if one.experiment.samples == 200))
     both = stats.pearsonr(alphas, last)
     ends = both.confidence_interval(0.95)
     assert figures(found["C12"]) == pytest.approx((both.statistic, ends.low, ends.high))
@@ -165,16 +172,16 @@ def test_effects_are_those_of_the_matrix() -> None:
         student(differences(ranks, "dist_reg_weight", 0.8, 0.9))
     )
     # The ends of the widths.
-    assert figures(found["C14"]) == pytest.approx(
-        student(differences(ranks, "context_dim", 64, 256))
-    )
+    wide = differences(ranks, "context_dim", 64, 256)
+    assert figures(found["C14"]) == pytest.approx(student(shaped(wide)))
     # A relative change of perplexity, not a difference of logarithms.
-    logs = student(differences(table_of(results, log_ppl), "num_input_tokens", 1, 2))
+    tokens = differences(table_of(results, log_ppl), "num_input_tokens", 1, 2)
+    logs = student(shaped(tokens))
     assert figures(found["C13"]) == pytest.approx([math.exp(x) - 1 for x in logs])
     assert [found[id].words for id in ("C11", "C13", "C14")] == [
         "6 pairs of configurations that converge",
-        "6 pairs of configurations",
-        "4 pairs of configurations that converge",
+        "3 pairs of shapes",
+        "2 pairs of shapes that converge",
     ]
 
 
@@ -196,10 +203,11 @@ def test_rank_is_judged_where_every_run_converged(unfinished: dict[str, Any]) ->
     results = matrix(change)
     found = measures.configurations(results, SOURCE)
     assert figures(found["C11"]) == (pytest.approx(2),) * 3
-    assert figures(found["C14"]) == (pytest.approx(-3),) * 3
+    # With it the shape is out, whatever its other weight: one pair is left.
+    assert figures(found["C14"]) == (pytest.approx(-3), None, None)
     assert found["C11"].words == "5 pairs of configurations that converge"
-    assert found["C14"].words == "3 pairs of configurations that converge"
-    assert found["C13"].words == "6 pairs of configurations"
+    assert found["C14"].words == "1 pair of shapes that converge"
+    assert found["C13"].words == "3 pairs of shapes"
 
 
 def test_effects_of_fields_that_do_not_vary_are_left_out() -> None:
@@ -217,13 +225,17 @@ def test_a_fraction_without_scatter_to_judge_by_gives_no_interval() -> None:
         if tuple(getattr(one.experiment, name) for name in LEVELS) in corners
     )
     found = measures.configurations(results, SOURCE)
-    for id in ("C11", "C13", "C14"):
-        assert found[id].value is not None
-        assert (found[id].low, found[id].high) == (None, None)
+    assert found["C11"].value is not None
+    assert (found["C11"].low, found["C11"].high) == (None, None)
+    # Over the weights there are pairs: two, of each weight once.
+    assert [found[id].words for id in ("C13", "C14")] == [
+        "2 pairs of shapes",
+        "2 pairs of shapes that converge",
+    ]
 
 
 def test_ranks_lie_apart_by_their_mean_distance() -> None:
-    """Over and under do not cancel; the interval is over configurations."""
+    """Over and under do not cancel; the interval is over shapes."""
     gaps = iter([0.01, -0.02, 0.03, -0.04, 0.01, -0.01] * 12)
     results = matrix(
         lambda row: {"val_er": 0.7, "train_er": 0.7 + next(gaps) * row["context_dim"] / 64}
@@ -233,13 +245,16 @@ def test_ranks_lie_apart_by_their_mean_distance() -> None:
         one.val_er += number / 1000
         one.train_er += number / 1000
     found = measures.configurations(results, SOURCE)["C17"]
-    each = [2 * factor for _, factor, _ in itertools.product((1, 1), (1, 2, 4), (1, 1))]
+    each = [2 * factor for factor, _ in itertools.product((1, 2, 4), (1, 1))]
     assert figures(found) == pytest.approx(student(each))
 
 
 def test_what_rank_adds_is_the_gain_of_the_forms() -> None:
     results = matrix()
-    gain = prediction.what_er_adds(results.frame())
+    # Both weights of a shape are left out together.
+    gain = prediction.what_er_adds(results.frame().assign(dist_reg_weight=0))
+    apart = prediction.what_er_adds(results.frame())
+    assert (gain.configurations, apart.configurations) == (6, 12)
     found = measures.configurations(results, SOURCE)["C16"]
     assert figures(found) == (gain.gain, gain.low, gain.high)
 
@@ -257,7 +272,7 @@ def test_rule_is_judged_by_its_calls() -> None:
     results = ruled([85, 70, 84, 77, 83, 72, 78, 71])
     found = measures.configurations(results, SOURCE)["C18"]
     assert found.value == pytest.approx(4 / 6 - 1 / 2)
-    assert found.words == "6 calls, 8 configurations"
+    assert found.words == "6 calls, 8 shapes"
     rule = prediction.score(results).set_index("rule").loc["validation ER"]
     assert (found.low, found.high) == (rule.low, rule.high)
 

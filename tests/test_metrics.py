@@ -112,6 +112,57 @@ def test_kneser_ney_sums_to_one_also_after_unseen_tokens() -> None:
         assert total == pytest.approx(1, abs=1e-9)
 
 
+def literal_trigram(parts: list[list[int]], history: list[int], vocab: int) -> list[float]:
+    """p(· | history) by the recursion as the textbook has it, over dictionaries."""
+    full: dict[int, Counter[tuple[int, ...]]] = {3: Counter(), 2: Counter(), 1: Counter()}
+    for part in parts:
+        for i in range(len(part) - 2):
+            full[3][tuple(part[i : i + 3])] += 1
+    for order in (2, 1):
+        for gram in full[order + 1]:
+            full[order][gram[1:]] += 1  # one for every different token before it
+
+    def p(order: int, history: tuple[int, ...]) -> list[float]:
+        if order == 0:
+            return [1 / vocab] * vocab
+        lower = p(order - 1, history[1:])
+        counts = full[order]
+        ones = sum(1 for c in counts.values() if c == 1)
+        twos = sum(1 for c in counts.values() if c == 2)
+        d = ones / (ones + 2 * twos) if ones and twos else 0.5
+        mine = {gram[-1]: c for gram, c in counts.items() if gram[:-1] == history}
+        total = sum(mine.values())
+        if total == 0:
+            return lower
+        return [
+            max(mine.get(y, 0) - d, 0) / total + d * len(mine) / total * lower[y]
+            for y in range(vocab)
+        ]
+
+    order = min(3, len(history) + 1)
+    return p(order, tuple(history[len(history) - order + 1 :]))
+
+
+@pytest.mark.parametrize("vocab", [6, 40])
+def test_kneser_ney_trigram_equals_a_literal_one(vocab: int) -> None:
+    streams_, target = streams(vocab)
+    parts = [part.tolist() for part in streams_]
+    nats = baselines.kneser_ney_nats(streams_, target, vocab, order=3)
+    wanted = target.tolist()
+    assert len(nats) == len(wanted) - 1
+    for i in range(len(wanted) - 1):
+        distribution = literal_trigram(parts, wanted[max(0, i - 1) : i + 1], vocab)
+        assert sum(distribution) == pytest.approx(1, abs=1e-9)
+        assert nats[i] == pytest.approx(-math.log(distribution[wanted[i + 1]]), abs=1e-9)
+
+
+@pytest.mark.parametrize(("order", "vocab"), [(0, 10), (-1, 10), (3, 2_100_000)])
+def test_kneser_ney_names_an_order_that_cannot_be(order: int, vocab: int) -> None:
+    tokens = torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match=r"order: got .* accepted: 1 or more"):
+        baselines.kneser_ney_nats([tokens], tokens, vocab, order)
+
+
 def test_unigram_sums_to_one() -> None:
     parts, _ = streams(12)
     pairs = [torch.tensor([0, y]) for y in range(15)]

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from cvfp.analysis import claims
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -32,6 +34,41 @@ def test_stored_as_design_says(book: Path) -> None:
     images = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert images
     assert all(len(image) * 3 / 4 < 100_000 for image in images)
+
+
+@pytest.mark.parametrize(
+    ("stem", "ids"),
+    [
+        ("02", ["C2", "C3"]),
+        ("03", ["C6", "C7", "C10", "C15", "C19"]),
+        ("04", ["C1", "C4", "C8", "C9"]),
+        ("05", ["C5", "C11", "C12", "C13", "C14", "C16", "C17", "C18"]),
+    ],
+)
+def test_notebooks_print_the_rows_of_their_claims(stem: str, ids: list[str]) -> None:
+    book = next(book for book in BOOKS if book.stem.startswith(stem))
+    shown = "".join(
+        output.data.get("text/markdown", "")
+        for cell in code(book)
+        for output in cell.outputs
+        if "data" in output
+    )
+    for id in ids:
+        assert f"| {id} | {claims.CLAIMS[id].sentence} |" in shown
+        assert claims.CLAIMS[id].notebook == book.stem
+
+
+def test_reports_are_generated() -> None:
+    """The ledger's page is what its measurements make, and each has its notebook in reports/."""
+    kept = claims.load(ROOT / "reports" / "claims.json")
+    page = (ROOT / "reports" / "claims.md").read_text(encoding="utf-8")
+    assert page == claims.markdown(kept)
+    assert (
+        sum(claims.verdict(claims.CLAIMS[id], one) != "not run" for id, one in kept.items()) >= 15
+    )
+    stems = [path.stem for path in (ROOT / "reports").glob("*.ipynb")]
+    for one in kept.values():
+        assert any(stem.startswith(one.notebook) for stem in stems)
 
 
 def test_nbval_sees_a_corrupted_fact(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_evaluation_equals_a_token_by_token_loop(tying: bool) -> None:
         assert model.head is not None
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     contexts = torch.randn(30, 10)
-    made = phase2.evaluate(model, contexts, tokens)
+    made = phase2.evaluate(phase2.Positions(model, contexts, tokens))
     e = F.layer_norm(model.embedding, (8,))[tokens]
     for t in range(29):
         read = contexts[t - 1 : t] if t else torch.zeros(1, 10)
@@ -148,11 +148,8 @@ def phase2_run(model: CVFP, **fields: Any) -> phase2.Phase2:
     generator = torch.Generator().manual_seed(1)
     contexts = torch.randn(300, 10, generator=generator)
     return phase2.train(
-        model,
-        contexts,
-        make_tokens(300),
-        contexts[:100],
-        make_tokens(300)[:100],
+        phase2.Positions(model, contexts, make_tokens(300)),
+        phase2.Positions(model, contexts[:100], make_tokens(300)[:100]),
         experiment,
         torch.Generator().manual_seed(2),
     )
@@ -192,7 +189,7 @@ def test_phase2_keeps_the_best_epoch_and_stops_by_patience() -> None:
     assert made.best_epoch == 1 + losses.index(min(losses))
     assert len(losses) == min(40, made.best_epoch + 2)
     contexts = torch.randn(300, 10, generator=torch.Generator().manual_seed(1))[:100]
-    again = phase2.evaluate(model, contexts, make_tokens(300)[:100])
+    again = phase2.evaluate(phase2.Positions(model, contexts, make_tokens(300)[:100]))
     assert again.loss == pytest.approx(min(losses), abs=1e-7)
 
 

@@ -67,11 +67,15 @@ def test_table_of_forms() -> None:
     generator = np.random.default_rng(0)
     ppl = (60 + 3e4 * TOKENS**-0.5) * np.exp(generator.normal(0, 0.005, len(TOKENS)))
     table: Any = tables.forms(TOKENS, ppl)
-    assert table.index.tolist() == list(scaling.FORMS.values())
+    words = [form.split(", ") for form in scaling.FORMS.values()]
+    assert [[name, formula] for name, formula in table.formula.items()] == words
+    # As wide as a page shows.
+    assert max(len(cell) for pair in words for cell in pair) < 50
     law = scaling.fit(TOKENS, ppl)
     low, high = cast(tuple[float, float], law.interval())
     missed = scaling.fit(TOKENS[:-1], ppl[:-1]).predict(TOKENS[-1]) / ppl[-1] - 1
-    assert table.loc[scaling.FORMS["power"]].tolist() == [
+    assert table.loc["power law"].tolist() == [
+        "PPL = A · tokens^α",
         f"{law.alpha:.3f}",
         f"{low:.3f} … {high:.3f}",
         "–",
@@ -81,7 +85,7 @@ def test_table_of_forms() -> None:
     ]
     floor = scaling.saturating(TOKENS, ppl, "ppl")
     ends = cast(tuple[float, float], floor.interval())
-    row = table.loc[scaling.FORMS["ppl"]]
+    row = table.loc["power law above a floor"]
     # Exponents are negative on the page, the lower end first.
     assert row["exponent"] == f"-{floor.exponent:.3f}"
     assert row["95 % interval"] == f"{-ends[1]:.3f} … {-ends[0]:.3f}"

@@ -270,7 +270,7 @@ def test_model_from_the_store_is_the_runs(changes: dict[str, Any], tiny: Experim
     ]
     assert torch.equal(*logits)
     # And it is the model of the best epoch, whose figures the Result has.
-    evaluation = phase2.evaluate(theirs, contexts, tokens)
+    evaluation = phase2.evaluate(phase2.Positions(theirs, contexts, tokens))
     assert perplexity(evaluation.loss) == ran.val_ppl
     assert evaluation.accuracy == ran.val_acc
     assert theirs.generate("hello", 5, seed=3) == ours.generate("hello", 5, seed=3)
@@ -319,3 +319,25 @@ def test_broken_record_is_never_written(home: Path) -> None:
         store.write_run("k", {"val_ppl": float("nan")})
     assert list((home / "runs").iterdir()) == []
     assert store.read_run("k") is None
+
+
+def test_baselines_are_measured_once_for_the_same_data(
+    tiny: Experiment, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cvfp.run(tiny)
+    counted: list[int] = []
+    evaluate = cvfp.baselines.evaluate
+    monkeypatch.setattr(
+        cvfp.baselines, "evaluate", lambda *given: counted.append(1) or evaluate(*given)
+    )
+    again = cvfp.run(tiny.replace(seed=7))
+    assert again.baselines == first.baselines
+    assert not counted
+    # Other data, or another table, are other baselines.
+    assert cvfp.run(tiny.replace(samples=7)).baselines != first.baselines
+    other = cvfp.run(tiny.replace(embedding="random"))
+    assert other.baselines["table"] is None
+    assert other.baselines["kneser_ney"] == first.baselines["kneser_ney"]
+    assert len(counted) == 2
+    assert cvfp.run(tiny, reuse=False).baselines == first.baselines
+    assert len(counted) == 3

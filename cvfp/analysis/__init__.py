@@ -1,6 +1,7 @@
 """Reads finished runs; trains nothing."""
 
 from cvfp.analysis import (
+    comparison,
     intervals,
     plots,
     prediction,
@@ -12,6 +13,7 @@ from cvfp.analysis import (
 )
 
 __all__ = [
+    "comparison",
     "intervals",
     "plots",
     "prediction",

@@ -34,6 +34,14 @@ class Paired:
     by_seed: tuple[float, ...]
     seed_share: float | None
 
+    def needed(self, half_width: float) -> tuple[int, int] | None:
+        """About how many seeds and conversations would bring the half-width down to that; None
+        without an interval. Both parts of the variance are brought down alike."""
+        if self.half_width is None:
+            return None
+        times = (self.half_width / half_width) ** 2
+        return math.ceil(self.seeds * times), math.ceil(self.conversations * times)
+
     @property
     def half_width(self) -> float | None:
         """Half the interval, in units of relative change; None without one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def ladder(
         found["C10"] = source.over(gains, len(gains), f"{size} conversations")
     first, last = (next(iter(seeds.values()))[place].train_tokens for place in (0, -1))
     if last >= C19_RATIO * first:
-        changes = [100 * (runs[-1].val_er - runs[0].val_er) for runs in seeds.values()]
+        changes = [100 * (runs[-1].ranks[1] - runs[0].ranks[1]) for runs in seeds.values()]
         found["C19"] = source.over(changes, len(seeds), f"{first:,} to {last:,} tokens")
     return found
 
@@ -189,22 +190,30 @@ def matrix(results: Results) -> pd.DataFrame:
 
 
 def configurations(results: Results, source: Source) -> dict[str, Measurement]:
-    """C5, C11-C14 and C16-C18, from a matrix of configurations, all at the same sizes and seeds."""
-    frame, table = results.frame(), matrix(results)
-    seeds, count = int(frame.seed.nunique()), f"{len(table)} configurations"
+    """C5, C11-C14 and C16-C18, from a matrix of configurations, all at the same sizes and seeds.
+
+    Two diversity weights of one shape give nearly the same run: counted as two they would narrow
+    every interval by chance alone. Shapes (all fields but the weight) are what is counted, the
+    weights of a shape averaged; only C11, which is about the weight, is over configurations.
+    """
+    table = matrix(results)
+    merged = Results(
+        replace(one, experiment=one.experiment.replace(dist_reg_weight=0.0)) for one in results
+    )
+    frame, shapes = merged.frame(), matrix(merged)
+    seeds, count = int(frame.seed.nunique()), f"{len(shapes)} shapes"
     found: dict[str, Measurement] = {}
-    if len(table) > 3:
-        both = prediction.correlation(table.er, table.over_size)
+    if len(shapes) > 3:
+        both = prediction.correlation(shapes.er, shapes.over_size)
         found["C5"] = source.measured(both.r, both.low, both.high, seeds, count)
         if len(set(frame.samples)) > 1:
             ends = prediction.by_configuration(frame)
             both = prediction.correlation(ends.alpha, ends.val_er)
             found["C12"] = source.measured(both.r, both.low, both.high, seeds, count)
-    settled = table[table.converges]
-    for id, field, column, rows in (
-        ("C11", "dist_reg_weight", "er", settled),
-        ("C13", "num_input_tokens", "over_size", table),
-        ("C14", "context_dim", "er", settled),
+    for id, field, column, rows, what in (
+        ("C11", "dist_reg_weight", "er", table[table.converges], "configurations that converge"),
+        ("C13", "num_input_tokens", "over_size", shapes, "shapes"),
+        ("C14", "context_dim", "er", shapes[shapes.converges], "shapes that converge"),
     ):
         made = effect(rows, field, column)
         if made is None:
@@ -213,12 +222,11 @@ def configurations(results: Results, source: Source) -> dict[str, Measurement]:
         if column == "over_size":
             value = math.expm1(value)
             low, high = (None if end is None else math.expm1(end) for end in (low, high))
-        converge = " that converge" if rows is settled else ""
-        found[id] = source.measured(value, low, high, seeds, words + converge)
+        found[id] = source.measured(value, low, high, seeds, words.format(what))
     gain = prediction.what_er_adds(frame)
     found["C16"] = source.measured(gain.gain, gain.low, gain.high, seeds, count)
-    found["C17"] = source.over(table.er_gap.tolist(), seeds, count)
-    scores = prediction.score(results)
+    found["C17"] = source.over(shapes.er_gap.tolist(), seeds, count)
+    scores = prediction.score(merged)
     rule = scores[scores.rule == prediction.JUDGED[0]].to_dict("records")[0]
     if rule["called"]:
         low, high = (None if pd.isna(rule[end]) else float(rule[end]) for end in ("low", "high"))
@@ -240,8 +248,8 @@ def effect(
     as scatter.
 
     Returns:
-        What it is over in words, effect, low, high (None without a degree of freedom left); None
-        where the configurations do not determine the effect.
+        What it is over in words, with {} where what is paired is named; effect, low, high (None
+        without a degree of freedom left). None where the rows do not determine the effect.
     """
     levels = sorted(table[field].unique())
     if len(levels) < 2:
@@ -252,7 +260,7 @@ def effect(
     if len(wide):
         values = (wide[levels[-1]] - wide[levels[0]]).tolist()
         pairs = "1 pair" if len(wide) == 1 else f"{len(wide)} pairs"
-        return f"{pairs} of configurations", *intervals.mean(values)
+        return f"{pairs} of {{}}", *intervals.mean(values)
     return _additive(rows, rows[field] == levels[-1], rows[others], column)
 
 
@@ -269,7 +277,7 @@ def _additive(
     inverse = np.linalg.pinv(design, rcond=1e-10)
     solved = inverse @ values
     found, freedom = float(solved[0]), len(rows) - rank
-    words = f"{len(rows)} configurations, no two of which differ in this alone"
+    words = f"{len(rows)} {{}}, no two of which differ in this alone"
     if freedom == 0:
         return words, found, None, None
     variance = float(((values - design @ solved) ** 2).sum()) / freedom

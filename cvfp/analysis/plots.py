@@ -19,6 +19,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
 from cvfp.analysis.scaling import PowerLaw
 from cvfp.experiment import Result
@@ -37,7 +38,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
 BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
     "kneser_ney": dict(color=ORANGE, marker="s", label="Kneser–Ney bigram, training tokens"),
     "table": dict(color=GREEN, marker="D", label="fitted table alone"),
-    "kneser_ney_both": dict(color=PINK, marker="^", label="Kneser–Ney, fitting + training"),
+    "kneser_ney_both": dict(color=PINK, marker="^", label="… fitting + training"),
+    "trigram_both": dict(color=RED, marker="v", label="Kneser–Ney trigram, fitting + training"),
 }
 EXTRAPOLATION = (1e6, 5e6, 1e7)
 
@@ -99,9 +101,10 @@ def spectrum(result: Result) -> Figure:
     """Singular values behind the effective rank, and what they sum to."""
     figure, (axes,) = _figure(1, 6, 3.6)
     size = result.experiment.context_dim
+    train_er, val_er = result.ranks
     for values, er, color, name in (
-        (result.train_spectrum, result.train_er, BLUE, "training, parallel"),
-        (result.val_spectrum, result.val_er, ORANGE, "validation, exact"),
+        (result.train_spectrum, train_er, BLUE, "training, parallel"),
+        (result.val_spectrum, val_er, ORANGE, "validation, exact"),
     ):
         shares = np.asarray(values) / np.sum(values)
         label = f"{name}: effective rank {er * size:.0f} of {size} ({er:.1%})"
@@ -389,24 +392,29 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
         history = pd.DataFrame(result.phase2_history)
         one.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", markersize=4)
         table = stopping.replay(result, patiences)
-        for place, (patience, color, marker) in enumerate(
-            zip(patiences, (RED, ORANGE, GREEN, PINK), "sD^v", strict=False)
+        for patience, color, marker, size in zip(
+            patiences, (RED, ORANGE, GREEN, PINK), "sDov", (10, 14, 18, 22), strict=False
         ):
             row = table.loc[patience]
+            # Hollow, one around the other: they may keep the same epoch.
             one.plot(
                 row.best_epoch,
-                row.val_ppl * (1 + 0.012 * (place + 1)),
+                row.val_ppl,
                 color=color,
                 marker=marker,
+                markersize=size,
+                markeredgewidth=2,
+                fillstyle="none",
                 linestyle="",
                 label=f"kept with patience {patience}",
             )
         one.set(
             xlabel="epoch",
             ylabel="validation perplexity",
-            title=f"{result.experiment.samples} conversations",
+            title=f"{result.experiment.samples} conversations, seed {result.experiment.seed}",
         )
-        one.legend(fontsize=8)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.legend(fontsize=8, markerscale=0.6)
     return figure
 
 
@@ -527,6 +535,116 @@ def alpha_rank(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     for one in (left, right):
         one.set(xlabel="effective rank of held-out contexts, % of D", ylabel="α")
     return figure
+
+
+def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
+    """Perplexity of every kind of run against CVFP's at every size, with paired intervals, and of
+    the models that only count; ordered as at the largest size."""
+    sizes = compare.sizes(groups)
+    found = {size: _changes(groups, size) for size in sizes}
+    order = sorted(found[sizes[-1]], key=lambda kind: found[sizes[-1]][kind][0])
+    figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
+    for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
+        one.axvline(0, color=RED, linewidth=1.5)
+        for place, kind in enumerate(order):
+            change, low, high = found[size][kind]
+            # What is far worse is not what the figure is about.
+            if change > FAR:
+                one.annotate(f"{change:+.0%} →", (FAR, place), ha="right", va="center", fontsize=8)
+                continue
+            if low is not None and high is not None:
+                one.plot([low, high], [place] * 2, color=SKY, linewidth=3)
+            counted = kind in compare.COUNTED.values()
+            one.plot(
+                change, place, color=ORANGE if counted else BLUE, marker="D" if counted else "o"
+            )
+        one.set_yticks(range(len(order)), order if panel == 0 else [""] * len(order))
+        ppl = _ppl(compare.at(groups[compare.CVFP], size))
+        one.set(
+            xlabel="perplexity against CVFP",
+            title=f"{size} conversations (CVFP {ppl:.0f})",
+            ylim=(len(order) - 0.5, -0.5),
+            xlim=(-0.4, FAR + 0.02),
+        )
+        one.set_xticks([-0.25, 0, 0.25, 0.5])
+        one.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes[0].plot([], [], color=BLUE, marker="o", linestyle="", label="trained, 95 % interval")
+    axes[0].plot([], [], color=ORANGE, marker="D", linestyle="", label="counted, no seeds")
+    axes[0].plot([], [], color=RED, label="CVFP")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+FAR = 0.6
+
+
+def _changes(
+    groups: Mapping[str, Sequence[Result]], size: int
+) -> dict[str, tuple[float, float | None, float | None]]:
+    """Change of perplexity against CVFP's, with its interval; none for what only counts."""
+    pairs = compare.against(groups, size)
+    runs = compare.at(groups[compare.CVFP], size)
+    found: dict[str, tuple[float, float | None, float | None]] = {
+        kind: (pair.change, pair.low, pair.high) for kind, pair in pairs.items()
+    }
+    for key, name in compare.COUNTED.items():
+        line = runs[0].baselines[key]
+        if line is not None:
+            found[name] = line["ppl"] / _ppl(runs) - 1, None, None
+    return found
+
+
+def _ppl(runs: Sequence[Result]) -> float:
+    """Geometric mean over seeds, as `intervals.paired` compares them."""
+    return float(np.exp(np.mean([np.log(one.val_ppl) for one in runs if one.val_ppl])))
+
+
+def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) -> Figure:
+    """Nats per token against zero contexts, by place in the conversation and by how often the
+    predicted token was seen."""
+    figure, axes = _figure(2, 10, 3.5)
+    figure.set_dpi(80)  # many lines: under 100 kB
+    kinds = {kind: runs for kind, runs in groups.items() if kind in _SHOWN or kind == compare.ZERO}
+    for one, column, title, xlabel in (
+        (axes[0], "val_positions", "By place in the conversation", "token of the conversation"),
+        (axes[1], "val_frequencies", "By frequency", "times seen in training"),
+    ):
+        frame = compare.by_bin(kinds, samples, column, compare.ZERO)
+        bins = sorted(frame.low.unique())
+        place = {low: number for number, low in enumerate(bins)}
+        for kind, rows in frame.groupby("kind", sort=False):
+            color, marker = _SHOWN[str(kind)]
+            one.plot(
+                [place[low] for low in rows.low],
+                rows.nats,
+                color=color,
+                marker=marker,
+                markersize=5,
+                label=kind,
+            )
+        one.axhline(0, color=GREY, linestyle=":")
+        one.set_xticks(range(len(bins)), [_bin(low, bins) for low in bins], rotation=35, ha="right")
+        one.set(title=title, xlabel=xlabel, ylabel="nats against zero contexts")
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+_SHOWN = {
+    compare.CVFP: (BLUE, "o"),
+    compare.RANDOM: (SKY, "s"),
+    compare.WINDOW: (GREEN, "D"),
+    compare.JOINT: (ORANGE, "^"),
+    compare.LSTM: (PINK, "v"),
+    compare.TRANSFORMER: (RED, "X"),
+}
+
+
+def _bin(low: float, bins: Sequence[float]) -> str:
+    later = [other for other in bins if other > low]
+    if not later:
+        return f"{low:g}+"
+    high = min(later) - 1
+    return f"{low:g}" if high <= low else f"{low:g}–{high:g}"
 
 
 def rule_scores(scores: pd.DataFrame) -> Figure:

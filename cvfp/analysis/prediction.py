@@ -372,16 +372,17 @@ def judge(result: Result) -> Judgement:
     """Apply note 004's rules; the thresholds are those of its tables and checklist.
 
     Raises:
-        ValueError: an effective rank that is no fraction of D.
+        ValueError: an effective rank that is no fraction of D, or a run without a Phase 1.
     """
-    for name in ("train_er", "val_er"):
-        if not 0 < getattr(result, name) <= 1:
-            raise ParameterError(name, getattr(result, name), "a fraction of D, above 0, up to 1")
+    for name, value in zip(("train_er", "val_er"), result.ranks, strict=True):
+        if not 0 < value <= 1:
+            raise ParameterError(name, value, "a fraction of D, above 0, up to 1")
     rank_good, rank_poor, quick, slow = _thresholds()
     # Rounded, for 0.85 - 0.80 is a little under 5 points.
-    rank = round(100 * result.val_er, 6)
-    gap = round(100 * (result.train_er - result.val_er), 6)
-    count = result.phase1_iterations
+    train_er, val_er = result.ranks
+    rank = round(100 * val_er, 6)
+    gap = round(100 * (train_er - val_er), 6)
+    count, _ = result.phase1_end
     return Judgement(
         er=_verdict(rank > rank_good, rank < rank_poor),
         iterations=_verdict(count <= quick, count > slow),

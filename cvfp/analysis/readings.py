@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from cvfp.analysis import intervals, prediction, scaling, stopping
+from cvfp.analysis import comparison, intervals, prediction, scaling, stopping
 from cvfp.analysis.intervals import Paired, paired
 from cvfp.analysis.scaling import PowerLaw
 from cvfp.experiment import Result, Results
@@ -18,6 +18,8 @@ RIVALS = {
     "kneser_ney": "a Kneser–Ney bigram of the same training tokens",
     "table": "the fitted table alone, as the bigram model it was fitted as, with no training token",
     "kneser_ney_both": "a Kneser–Ney bigram of fitting set and training tokens together",
+    "trigram": "a Kneser–Ney trigram of the same training tokens",
+    "trigram_both": "a Kneser–Ney trigram of fitting set and training tokens together",
 }
 
 
@@ -48,13 +50,13 @@ def against_baselines(ppl: float, lines: dict[str, float | None]) -> str:
 def quickstart(result: Result) -> str:
     """What one run showed, in Markdown."""
     one = result.experiment
-    rank, size = result.val_er * one.context_dim, one.context_dim
-    done = result.converged >= one.convergence_rate
+    (_, val_er), (iterations, converged) = result.ranks, result.phase1_end
+    rank, size = val_er * one.context_dim, one.context_dim
+    done = converged >= one.convergence_rate
     fate = (
-        f"stopped at iteration {result.phase1_iterations} with {result.converged:.1%} of the "
-        "tokens converged"
+        f"stopped at iteration {iterations} with {converged:.1%} of the tokens converged"
         if done
-        else f"did not converge: {result.converged:.1%} after {result.phase1_iterations} iterations"
+        else f"did not converge: {converged:.1%} after {iterations} iterations"
     )
     if result.val_ppl is None:
         return (
@@ -222,7 +224,7 @@ def shapes(
         [one for one in runs if one.experiment.samples == size] for runs in (every, decrease)
     )
     pair = paired(ours, theirs)
-    ranks = [sum(one.val_er for one in runs) / len(runs) for runs in (ours, theirs)]
+    ranks = [sum(one.ranks[1] for one in runs) / len(runs) for runs in (ours, theirs)]
     steeper = "wide" if wide.alpha < deep.alpha else "deep"
     epochs = []
     for name, runs in curves.items():
@@ -349,3 +351,63 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
         words.append(f"not told from chance: {rest}")
     said.append(f"**Rules (C18).** {'; '.join(words)}.")
     return "\n\n".join(said)
+
+
+def controls(groups: Mapping[str, Sequence[Result]]) -> str:
+    """What each part of CVFP adds, and who is ahead, in Markdown.
+
+    Args:
+        groups: runs by the kinds of `comparison.KINDS`, all at the same sizes and seeds.
+    """
+    size = comparison.sizes(groups)[-1]
+    pairs = comparison.against(groups, size)
+
+    def versus(first: str, second: str) -> Paired:
+        return paired(comparison.at(groups[first], size), comparison.at(groups[second], size))
+
+    def told(pair: Paired, better: str, worse: str) -> str:
+        return f"{change(pair)}. " + _side(pair.low, pair.high, better, worse)
+
+    trained = versus(comparison.CVFP, comparison.RANDOM)
+    context = versus(comparison.CVFP, comparison.ZERO)
+    untrained = versus(comparison.RANDOM, comparison.ZERO)
+    more = trained.needed(0.01)
+    half = (
+        "No interval with these runs."
+        if trained.half_width is None or more is None
+        else f"The interval's half-width is {trained.half_width:.1%}; 1 % would take about "
+        f"{more[0]} seeds and {more[1]} conversations."
+    )
+    ahead = [kind for kind, pair in pairs.items() if pair.high is not None and pair.high < 0]
+    level = [
+        kind
+        for kind, pair in pairs.items()
+        if pair.low is None or pair.high is None or pair.low <= 0 <= pair.high
+    ]
+    runs = comparison.at(groups[comparison.CVFP], size)
+    ppl = sum(one.val_ppl or 0.0 for one in runs) / len(runs)
+    counted = [
+        f"{name} ({line['ppl']:.1f})"
+        for key, name in comparison.COUNTED.items()
+        if (line := runs[0].baselines[key]) is not None and line["ppl"] < ppl
+    ]
+    return "\n\n".join(
+        [
+            f"At {size} conversations, {runs[0].train_tokens:,} tokens:",
+            "**Phase 1's training** (trained against random, frozen ContextBlock) changes "
+            "perplexity by " + told(trained, "It helps", "**It hurts**") + f" {half}",
+            "**Context** (CVFP against zero contexts) changes it by "
+            + told(context, "Context helps", "**It hurts: the model is better without**")
+            + f" Contexts of the random block (against none): {change(untrained)}.",
+            "**The table**, against the fitted and frozen one: training it on "
+            + change(pairs[comparison.TRAINED_TABLE])
+            + "; a random one that Phase 2 trains "
+            + change(pairs[comparison.LEARNT_TABLE])
+            + "; a random one that stays as it is "
+            + change(pairs[comparison.RANDOM_TABLE])
+            + ".",
+            f"**Ahead of CVFP, beyond chance**: {', '.join(ahead) or 'none'}; not told from it: "
+            f"{', '.join(level) or 'none'}. Of the models that only count, lower than CVFP's "
+            f"{ppl:.1f}: {', '.join(counted) or 'none'}.",
+        ]
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
+from cvfp.analysis import comparison as compare
 from cvfp.analysis import intervals, prediction, scaling, stopping
 from cvfp.analysis.intervals import Paired, paired
 from cvfp.analysis.plots import EXTRAPOLATION
@@ -69,7 +70,9 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
         "unigram_ppl": "unigram",
         "kneser_ney_ppl": "KN bigram",
         "table_ppl": "table alone",
+        "trigram_ppl": "KN trigram",
         "kneser_ney_both_ppl": "KN fit+train",
+        "trigram_both_ppl": "KN trigram fit+train",
     }
     stages = [c for c in frame.columns if str(c).startswith("seconds_")]
     wide = frame.assign(seconds=frame[stages].sum(axis=1)).groupby("samples")
@@ -432,8 +435,10 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     for form, words in scaling.FORMS.items():
         error = missed.error[form]
         left = missed.reason[form] if pd.isna(error) else f"{error:+.1%}"
+        name, formula = words.split(", ")
         if form not in fits:
-            rows[words] = {"95 % interval": f"needs {scaling.SIZES_NEEDED[form]} sizes"}
+            needed = f"needs {scaling.SIZES_NEEDED[form]} sizes"
+            rows[name] = {"formula": formula, "95 % interval": needed}
             continue
         law = fits[form]
         ends: tuple[float | None, float | None] | None
@@ -445,7 +450,8 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
             # The page has the exponent negative: the ends change places.
             ends = None if within is None else (_negative(within[1]), _negative(within[0]))
             remark = "floor not identified" if law.at_bound else ""
-        rows[words] = {
+        rows[name] = {
+            "formula": formula,
             "exponent": f"{exponent:.3f}",
             "95 % interval": "no point to spare"
             if ends is None
@@ -534,6 +540,76 @@ def scores(table: pd.DataFrame) -> pd.DataFrame:
 
 def _negative(value: float | None) -> float | None:
     return None if value is None else -value
+
+
+def comparison(groups: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
+    """Every kind of run at every size: perplexity, accuracy and bits per byte with intervals over
+    seeds, the paired change of perplexity against CVFP, parameters and seconds."""
+    rows = []
+    for size in compare.sizes(groups):
+        changes = compare.against(groups, size)
+        for kind, results in groups.items():
+            runs = compare.at(results, size)
+            change = changes.get(kind)
+            rows.append(
+                {
+                    "conversations": size,
+                    "kind": kind,
+                    "PPL": _spread([r.val_ppl for r in runs], 1),
+                    "change against CVFP": "–" if change is None else f"{change.change:+.1%}",
+                    "95 % interval": "–"
+                    if change is None
+                    else _bounds(change.low, change.high, "{:+.1%}"),
+                    "accuracy %": _spread([r.val_acc for r in runs], 2, 100),
+                    "bits/byte": _spread([r.val_bpb for r in runs], 3),
+                    "trained parameters": f"{compare.trained_parameters(runs[0]):,}",
+                    "best epoch": _mean([r.best_epoch for r in runs], "{:.1f}"),
+                    "training, s": _mean([compare.training_seconds(r) for r in runs], "{:.1f}"),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["conversations", "kind"])
+
+
+def counted(results: Sequence[Result]) -> pd.DataFrame:
+    """Perplexity of the models that only count, at every size (bits per byte beside it)."""
+    rows = {}
+    for size, runs in _sizes(results).items():
+        lines = runs[0].baselines
+        rows[size] = {
+            name: "–" if (line := lines[key]) is None else "{ppl:.1f} ({bpb:.3f})".format(**line)
+            for key, name in compare.COUNTED.items()
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("conversations")
+
+
+def grid(tuned: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
+    """Perplexity of each kind at each learning rate tried; the best is marked."""
+    rows = {}
+    for kind, runs in tuned.items():
+        best = compare.best_rate(runs)
+        rows[kind] = {
+            f"{one.experiment.phase2_learning_rate:g}": "–"
+            if one.val_ppl is None
+            else f"{one.val_ppl:.1f}"
+            + (" ←" if one.experiment.phase2_learning_rate == best else "")
+            for one in runs
+        }
+        rates = [one.experiment.phase2_learning_rate for one in runs]
+        rows[kind]["remark"] = "best at the end of the grid" if best in _ends(rates) else ""
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("learning rate")
+
+
+def _ends(rates: Sequence[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+def _spread(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "–"
+    middle, low, high = intervals.mean(known)
+    half = "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
+    return f"{middle:.{digits}f}{half}"
 
 
 def _missing_as(form: str) -> Callable[[float], str]:

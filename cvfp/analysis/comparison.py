@@ -1,0 +1,146 @@
+"""CVFP beside its controls and its peers: what each is, and how far it lies from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from cvfp.analysis import intervals
+from cvfp.analysis.intervals import Paired
+from cvfp.config import Experiment, ParameterError
+from cvfp.experiment import Result
+
+CVFP = "CVFP"
+RANDOM, ZERO, SHUFFLED = "random ContextBlock", "zero contexts", "shuffled contexts"
+WINDOW, JOINT = "plain window", "end to end"
+LSTM, TRANSFORMER = "LSTM", "transformer"
+TRAINED_TABLE = "fitted table, trained on"
+RANDOM_TABLE, LEARNT_TABLE = "random table, frozen", "random table, trained"
+
+# Every kind of run: the fields in which it differs from CVFP.
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    CVFP: {},
+    RANDOM: {"contexts": "random"},
+    ZERO: {"contexts": "zero"},
+    SHUFFLED: {"contexts": "shuffled"},
+    WINDOW: {"contexts": "window"},
+    JOINT: {"contexts": "end_to_end"},
+    LSTM: {"model": "lstm"},
+    TRANSFORMER: {"model": "transformer"},
+    TRAINED_TABLE: {"freeze_embedding": False},
+    RANDOM_TABLE: {"embedding": "random"},
+    LEARNT_TABLE: {"embedding": "random", "freeze_embedding": False},
+}
+# Those that have a learning rate of their own; the others have CVFP's.
+TUNED = (CVFP, RANDOM, ZERO, WINDOW, JOINT, LSTM, TRANSFORMER)
+# Models without any training by gradients, on the same tokens: `baselines.NAMES`.
+COUNTED: Mapping[str, str] = {
+    "kneser_ney": "Kneser–Ney bigram",
+    "trigram": "Kneser–Ney trigram",
+    "trigram_both": "Kneser–Ney trigram, fitting + training",
+    "table": "fitted table alone",
+}
+
+
+def experiments(experiment: Experiment, rates: Mapping[str, float]) -> dict[str, Experiment]:
+    """The Experiment as each kind of run, at its learning rate.
+
+    Args:
+        rates: Phase 2 learning rate of the kinds in `TUNED`.
+    """
+    return {
+        kind: experiment.replace(
+            **changes, phase2_learning_rate=rates[kind if kind in TUNED else CVFP]
+        )
+        for kind, changes in KINDS.items()
+    }
+
+
+def best_rate(results: Sequence[Result]) -> float:
+    """The Phase 2 learning rate of the run with the lowest perplexity.
+
+    Raises:
+        ParameterError: no run with a perplexity.
+    """
+    judged = [one for one in results if one.val_ppl is not None]
+    if not judged:
+        raise ParameterError("results", [one.key for one in results], "runs with a perplexity")
+    best = min(judged, key=lambda one: one.val_ppl or 0.0)
+    return best.experiment.phase2_learning_rate
+
+
+def at(results: Sequence[Result], samples: int) -> list[Result]:
+    """The runs of one size."""
+    return [one for one in results if one.experiment.samples == samples]
+
+
+def sizes(groups: Mapping[str, Sequence[Result]]) -> list[int]:
+    """The sizes that all kinds have.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    there = {kind: {one.experiment.samples for one in runs} for kind, runs in groups.items()}
+    shared = set.intersection(*there.values())
+    if not shared:
+        raise ParameterError("groups", there, "runs of all kinds at one size or more")
+    return sorted(shared)
+
+
+def against(
+    groups: Mapping[str, Sequence[Result]], samples: int, reference: str = CVFP
+) -> dict[str, Paired]:
+    """The change of perplexity of each kind against the reference, at one size: paired over seeds
+    and held-out conversations."""
+    theirs = at(groups[reference], samples)
+    return {
+        kind: intervals.paired(at(runs, samples), theirs)
+        for kind, runs in groups.items()
+        if kind != reference
+    }
+
+
+def trained_parameters(result: Result) -> int:
+    """Parameters that training moves, by either phase."""
+    counts = dict(result.parameters)
+    if result.experiment.freeze_embedding:
+        counts.pop("embedding")
+    if result.experiment.contexts == "random":
+        counts.pop("context_block")
+    return sum(counts.values())
+
+
+def training_seconds(result: Result) -> float:
+    """Seconds of both phases, exact contexts included."""
+    return sum(result.seconds.get(stage, 0.0) for stage in ("phase1", "contexts", "phase2"))
+
+
+def by_bin(
+    groups: Mapping[str, Sequence[Result]], samples: int, column: str, reference: str
+) -> pd.DataFrame:
+    """Nats per token of each kind less the reference's, bin by bin, mean over seeds.
+
+    Args:
+        column: "val_positions" or "val_frequencies".
+
+    Returns:
+        Columns kind, low (least value in the bin), tokens, nats.
+    """
+
+    def table(kind: str) -> pd.DataFrame:
+        rows = [
+            {"low": row["low"], "tokens": row["tokens"], "nats": row["nats"] / row["tokens"]}
+            for one in at(groups[kind], samples)
+            for row in getattr(one, column)
+        ]
+        return pd.DataFrame(rows).groupby("low").mean()
+
+    base = table(reference)
+    parts = []
+    for kind in groups:
+        if kind != reference:
+            found = table(kind)
+            parts.append(found.assign(kind=kind, nats=found.nats - base.nats).reset_index())
+    return pd.concat(parts, ignore_index=True)[["kind", "low", "tokens", "nats"]]

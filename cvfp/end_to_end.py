@@ -1,0 +1,308 @@
+"""Models trained end to end by truncated backpropagation: the ContextBlock as a plain recurrent
+network, and the peers that a user would pick instead, an LSTM and a small GPT-2.
+
+The stream is cut into lanes that are read side by side, `unroll` tokens at a time; the state is
+carried on and gradients are not. All of them read normalised rows of the table, as CVFP does, and
+predict through the same head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from cvfp import contexts, phase2
+from cvfp.config import Experiment, ParameterError
+from cvfp.model import CVFP, TokenInputs, autocast, count_parameters
+from cvfp.phase2 import Evaluation, NextToken, Phase2, Predictor
+
+# Gradients through time explode now and then; the usual remedy (Pascanu et al., 2013).
+CLIP = 1.0
+HEADS = 4
+BLOCKS = 2
+MATCH = 0.05
+LONGEST = 4096  # tokens of a stream that an LSTM reads at once when it is judged
+
+State = tuple[Tensor, ...]
+
+
+class Reader(Protocol):
+    """Reads lanes of a stream: positions [B, S], and the state that the lanes were left in."""
+
+    def __call__(
+        self, inputs: TokenInputs, positions: Tensor, state: State | None
+    ) -> tuple[Tensor, State]: ...
+
+
+class Peer(nn.Module):
+    """A sequence model between the table and the head.
+
+    Args:
+        table: [V, E], read normalised and, tied, used as the head.
+    """
+
+    def __init__(self, table: Tensor, *, weight_tying: bool, freeze_embedding: bool) -> None:
+        super().__init__()
+        vocab_size, width = table.shape
+        self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
+        self.head = None if weight_tying else nn.Linear(width, vocab_size)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
+        if self.head is None:
+            return nn.functional.linear(hidden, self.embedding)
+        return self.head(hidden)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters by part; those that are never used are not counted."""
+        ends = self.embedding.numel()
+        head = 0 if self.head is None else count_parameters(self.head)
+        dead = sum(p.numel() for p in self.unused())
+        return {
+            "body": count_parameters(self) - ends - head - dead,
+            "embedding": ends,
+            "head": head,
+        }
+
+    def unused(self) -> list[nn.Parameter]:
+        return []
+
+    def read(
+        self, inputs: TokenInputs, positions: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """Positions [B, S] of a stream -> h [B, S, E], and the state after them."""
+        raise NotImplementedError
+
+    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+        """Float32 evaluation of a stream, read from its start."""
+        raise NotImplementedError
+
+
+class LSTM(Peer):
+    """h = LayerNorm(e + Linear(LSTM(e))): the table's own prediction, and what the past adds."""
+
+    def __init__(
+        self,
+        table: Tensor,
+        hidden: int,
+        num_input_tokens: int,
+        *,
+        weight_tying: bool,
+        freeze_embedding: bool,
+    ) -> None:
+        super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
+        width = table.shape[1]
+        self.lstm = nn.LSTM(num_input_tokens * width, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+
+    def read(
+        self, inputs: TokenInputs, positions: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        e = inputs.dense(positions)
+        made, (h, c) = self.lstm(e, state)
+        hidden = self.norm(e[..., -self.norm.normalized_shape[0] :] + self.out(made))
+        return hidden, (h.detach(), c.detach())
+
+    @torch.no_grad()
+    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+        inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
+        made, state = [], None
+        # cuDNN's LSTM would take TF32 for float32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for positions in torch.arange(len(tokens), device=tokens.device).split(LONGEST):
+                hidden, state = self.read(inputs, positions[None], state)
+                made.append(hidden[0])
+        everything = torch.cat(made)
+        return phase2.judge(self, tokens, lambda positions: everything[positions])
+
+
+class Transformer(Peer):
+    """A small GPT-2 (Radford et al., 2019) over a window of twice `unroll` tokens, of which the
+    second half predicts: every prediction sees at least `unroll` tokens before it."""
+
+    def __init__(
+        self, table: Tensor, inner: int, unroll: int, *, weight_tying: bool, freeze_embedding: bool
+    ) -> None:
+        from transformers import GPT2Config, GPT2Model  # seconds to import: for those who use it
+
+        super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
+        self.unroll = unroll
+        config = GPT2Config(
+            vocab_size=1,  # embeds nothing: it is given the table's rows
+            n_positions=2 * unroll,
+            n_embd=table.shape[1],
+            n_layer=BLOCKS,
+            n_head=HEADS,
+            n_inner=inner,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            # Over windows this short, in bfloat16 on a CPU, twice as fast as the fused one.
+            attn_implementation="eager",  # type: ignore[call-arg]
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        self.gpt2 = GPT2Model(config)
+        self.gpt2.wte.weight.requires_grad_(False)
+
+    def unused(self) -> list[nn.Parameter]:
+        return [cast(nn.Parameter, self.gpt2.wte.weight)]
+
+    def read(
+        self, inputs: TokenInputs, positions: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        # No state: what came before is read again.
+        before = positions[:, :1] - torch.arange(self.unroll, 0, -1, device=positions.device)
+        whole = torch.cat([before, positions], dim=1)
+        # Before the stream there is "no token", a row of zeros. (A mask would leave queries without
+        # any key, whose attention is not a number.)
+        e = inputs.dense(whole.clamp(min=0)) * (whole >= 0)[..., None]
+        made = self.gpt2(inputs_embeds=e).last_hidden_state
+        return made[:, self.unroll :], ()
+
+    @torch.no_grad()
+    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+        inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
+        length = len(tokens)
+        count = -(-length // self.unroll)
+        # The last window may reach beyond the stream; what it says there is dropped.
+        places = torch.arange(count * self.unroll, device=tokens.device).clamp(max=length - 1)
+        made = [
+            self.read(inputs, rows, None)[0].flatten(0, 1)
+            for rows in places.view(count, self.unroll).split(max(1, LONGEST // self.unroll))
+        ]
+        everything = torch.cat(made)
+        return phase2.judge(self, tokens, lambda positions: everything[positions])
+
+
+def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
+    """The Experiment's peer, untrained, with its body within 5 % of `size` parameters.
+
+    Raises:
+        ParameterError: no width comes so close.
+    """
+    ends = dict(weight_tying=experiment.weight_tying, freeze_embedding=experiment.freeze_embedding)
+    width = table.shape[1]
+    if experiment.model == "transformer" and width % HEADS:
+        raise ParameterError("embedding_dim", width, f"a multiple of {HEADS}, for a transformer")
+
+    def made(number: int, table: Tensor) -> Peer:
+        if experiment.model == "lstm":
+            return LSTM(table, number, experiment.num_input_tokens, **ends)
+        return Transformer(table, number, experiment.unroll, **ends)
+
+    def count(number: int) -> int:
+        with torch.device("meta"):
+            return made(number, torch.empty(1, width)).parameter_counts()["body"]
+
+    # Both grow with the number: by halving, then the nearer neighbour.
+    low, high = 1, 2
+    while count(high) < size:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < size else (low, middle)
+    best = min((low, high), key=lambda number: abs(count(number) - size))
+    if abs(count(best) / size - 1) > MATCH:
+        raise ParameterError(
+            "model",
+            experiment.model,
+            f"a model of {size:,} parameters or more: the nearest {experiment.model} has "
+            f"{count(best):,}",
+        )
+    # The libraries' own initialisation, which draws from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return made(best, table)
+
+
+class Unrolled:
+    """CVFP as a recurrent network: the ContextBlock learns with the TokenBlock."""
+
+    def __init__(self, model: CVFP) -> None:
+        self.model = model
+
+    def __call__(
+        self, inputs: TokenInputs, positions: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        block = self.model.context_block
+        e = inputs.dense(positions)  # [B, S, n·E]
+        share, layers = block.share(e), block.layers()
+        context = e.new_zeros(len(e), block.context_dim) if state is None else state[0]
+        steps = []
+        for column in share.unbind(1):
+            outputs = block.step(context, column, layers)
+            context = outputs[-1]
+            steps.append(outputs)
+        stacked = [torch.stack(layer, dim=1) for layer in zip(*steps, strict=True)]
+        return self.model.token_block(stacked, e), (context.detach(),)
+
+
+def train(
+    model: Predictor,
+    read: Reader,
+    validate: Callable[[], Evaluation],
+    tokens: Tensor,
+    experiment: Experiment,
+    generator: torch.Generator,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+    tick: Callable[[int], None] = lambda tokens: None,
+) -> Phase2:
+    """Train the model in place over the stream's lanes; keep the best epoch.
+
+    A batch is `phase2_batch_size` tokens: as many lanes as that takes, `unroll` tokens of each. The
+    tokens that do not fill the lanes, fewer than there are lanes, are others in every epoch.
+
+    Raises:
+        ParameterError: a stream too short for a batch.
+        FloatingPointError: the validation loss is not finite.
+    """
+    total, device = len(tokens) - 1, tokens.device
+    steps = experiment.unroll
+    lanes = min(max(1, experiment.phase2_batch_size // steps), total // steps)
+    if lanes < 1:
+        raise ParameterError("unroll", steps, f"at most the stream's {total} tokens")
+    length = total // lanes
+    head = NextToken(model, lanes * steps, experiment.precision)
+    frozen = None
+    if not model.embedding.requires_grad:
+        frozen = TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+
+    def batches() -> Iterator[tuple[Tensor, int]]:
+        first = int(torch.randint(total - lanes * length + 1, (), generator=generator))
+        starts = first + length * torch.arange(lanes, device=device)
+        state: State | None = None
+        for begin in range(0, length, steps):
+            along = torch.arange(begin, min(begin + steps, length), device=device)
+            positions = starts[:, None] + along
+            with autocast(experiment.precision, device):
+                inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+                hidden, state = read(inputs, positions, state)
+                flat = positions.flatten()
+                loss = head.loss(hidden.flatten(0, 1), tokens[flat + 1])
+            yield loss, len(flat)
+
+    return phase2.fit(model, batches, validate, experiment, report, tick, CLIP)
+
+
+def judge(model: CVFP, tokens: Tensor) -> Evaluation:
+    """Float32 evaluation of a CVFP, its contexts exact.
+
+    Raises:
+        FloatingPointError: they did not converge.
+    """
+    made = contexts.evaluate(model.context_block, model.context_inputs(tokens))
+    if not made.converged:
+        raise FloatingPointError(
+            f"the exact contexts did not converge in {made.sweeps} sweeps; a smaller "
+            "phase2_learning_rate would be accepted"
+        )
+    return phase2.evaluate(phase2.Positions(model, made.values, tokens))

@@ -1,0 +1,450 @@
+"""Controls and peers: each is what it says, by a loop or a model written apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_experiment
+from torch import Tensor, nn
+
+import cvfp
+from cvfp import Experiment, ParameterError, contexts, controls, end_to_end, phase2
+from cvfp.end_to_end import LSTM, Transformer, Unrolled
+from cvfp.experiment import build, build_cvfp
+from cvfp.model import CVFP, TokenInputs
+
+V, E, T = 40, 16, 150
+CONTROLS = ("random", "zero", "shuffled", "window", "end_to_end")
+PEERS = ("lstm", "transformer")
+
+
+def table(seed: int = 0) -> Tensor:
+    return torch.randn(V, E, generator=torch.Generator().manual_seed(seed))
+
+
+def stream(length: int = T, seed: int = 1) -> Tensor:
+    return torch.randint(V, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def experiment(**fields: Any) -> Experiment:
+    small: dict[str, Any] = dict(embedding_dim=E, phase2_batch_size=32, phase2_epochs=2, unroll=8)
+    return tiny_experiment(**{**small, **fields})
+
+
+def made(**fields: Any) -> tuple[Experiment, CVFP]:
+    one = experiment(**fields)
+    return one, build_cvfp(one, table())
+
+
+# Zero contexts
+
+
+class Contextless(nn.Module):
+    """TokenBlock without any context input, written apart: h <- LN(r + ReLU(W h + b))."""
+
+    def __init__(self, model: CVFP) -> None:
+        super().__init__()
+        width = model.embedding.shape[1]
+        self.linears = nn.ModuleList()
+        for linear, context in zip(model.token_block.linears, model.context_widths, strict=True):
+            assert isinstance(linear, nn.Linear)
+            mine = nn.Linear(linear.in_features - context, width)
+            with torch.no_grad():
+                mine.weight.copy_(linear.weight[:, context:])
+                mine.bias.copy_(linear.bias)
+            self.linears.append(mine)
+        self.norms = copy.deepcopy(model.token_block.norms)
+        self.width = width
+
+    def forward(self, e: Tensor) -> Tensor:
+        hidden, residual = e, e[:, -self.width :]
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            hidden = residual = norm(residual + F.relu(linear(hidden)))
+        return hidden
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_input_tokens": 2, "token_input_all_layers": False}])
+def test_zero_contexts_equal_a_model_built_without_them(fields: dict[str, Any]) -> None:
+    one, model = made(contexts="zero", phase2_shuffle=False, **fields)
+    apart = Contextless(model)
+    tokens = stream()
+    ran = phase2.train(
+        controls.positions(model, None, tokens, one),
+        controls.positions(model, None, tokens[:60], one),
+        one,
+        torch.Generator(),
+    )
+    e = model.context_inputs(tokens).dense()
+    optimiser = torch.optim.Adam(apart.parameters(), lr=one.phase2_learning_rate)
+    losses: list[float] = []
+    for _ in range(one.phase2_epochs):
+        for positions in torch.arange(T - 1).split(32):
+            logits = apart(e[positions]) @ model.embedding.T
+            loss = F.cross_entropy(logits, tokens[positions + 1])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            logits = apart(e[:59]) @ model.embedding.T
+        losses.append(float(F.cross_entropy(logits, tokens[1:60])))
+    assert [row["val_loss"] for row in ran.history] == pytest.approx(losses, abs=1e-5)
+    counted = controls.parameter_counts(model, one)
+    assert counted["token_block"] == sum(p.numel() for p in apart.parameters())
+    assert counted["context_block"] == 0
+
+
+# Shuffled contexts, window
+
+
+def test_shuffled_contexts_are_those_of_other_positions() -> None:
+    one, model = made(contexts="shuffled")
+    tokens, contexts_ = stream(), torch.randn(T, 16)
+    plain = phase2.Positions(model, contexts_, tokens)
+    mixed = controls.positions(model, contexts_, tokens, one)
+    assert isinstance(mixed, controls.Shuffled)
+    order = mixed.order
+    assert sorted(order.tolist()) == list(range(T))
+    assert int((order == torch.arange(T)).sum()) < 10
+    again = controls.positions(model, contexts_, tokens, one)
+    assert isinstance(again, controls.Shuffled)
+    assert torch.equal(again.order, order)
+    everywhere = torch.arange(T)
+    seen = plain.context_inputs.dense(everywhere)
+    wanted = plain.outputs(everywhere, seen)
+    positions = torch.tensor([0, 7, T - 1])
+    for layer, mine in zip(wanted, mixed.outputs(positions, seen[positions]), strict=True):
+        torch.testing.assert_close(mine, layer[order[positions]])
+    # The tokens of the position itself are still its own.
+    h = mixed.hidden(positions, mixed.token_inputs())
+    e = plain.context_inputs.dense(positions)
+    torch.testing.assert_close(h, model.token_block([o[order[positions]] for o in wanted], e))
+
+
+def test_window_holds_the_tokens_before_and_no_other() -> None:
+    one, model = made(contexts="window", window_tokens=3)
+    tokens = stream()
+    window = controls.positions(model, None, tokens, one)
+    rows = F.layer_norm(table(), (E,))
+    for t in (0, 1, 2, 3, 50):
+        before = [rows[tokens[s]] if s >= 0 else torch.zeros(E) for s in range(t - 3, t)]
+        seen = window.context_inputs.dense(torch.tensor([t]))
+        for layer in window.outputs(torch.tensor([t]), seen):
+            torch.testing.assert_close(layer[0], torch.cat(before))
+    assert model.context_widths == [3 * E] * one.num_layers
+
+
+def test_window_brings_as_much_into_a_layer_as_a_context() -> None:
+    _, wide = made(contexts="window", window_tokens=40)
+    _, plain = made()
+    for mine, theirs in zip(wide.token_block.linears, plain.token_block.linears, strict=True):
+        assert isinstance(mine, nn.Linear)
+        assert isinstance(theirs, nn.Linear)
+        ours = mine.weight.detach()[:, : 40 * E].square().sum(dim=1).mean()
+        assert float(
+            ours / theirs.weight.detach()[:, :16].square().sum(dim=1).mean()
+        ) == pytest.approx(1, abs=0.2)
+
+
+# End to end
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_input_tokens": 3, "token_input_all_layers": False, "num_layers": 3}]
+)
+@pytest.mark.parametrize("steps", [1, 7, T - 1])
+def test_unrolled_equals_exact_contexts(fields: dict[str, Any], steps: int) -> None:
+    _, model = made(contexts="end_to_end", **fields)
+    model = model.double()
+    tokens = stream()
+    inputs = model.context_inputs(tokens)
+    exact = contexts.evaluate(model.context_block, inputs, method="sequential")
+    whole = phase2.Positions(model, exact.values, tokens)
+    positions = torch.arange(T - 1)
+    wanted = whole.hidden(positions, whole.token_inputs())
+    read, state, parts = Unrolled(model), None, []
+    for piece in positions.split(steps):
+        hidden, state = read(inputs, piece[None], state)
+        parts.append(hidden[0])
+        assert not state[0].requires_grad
+    torch.testing.assert_close(torch.cat(parts), wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_end_to_end_trains_the_context_block(freeze: bool) -> None:
+    one, model = made(contexts="end_to_end", freeze_embedding=freeze)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tokens = stream()
+    ran = end_to_end.train(
+        model,
+        Unrolled(model),
+        lambda: end_to_end.judge(model, tokens[:60]),
+        tokens,
+        one,
+        torch.Generator().manual_seed(0),
+    )
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before) - ({"embedding"} if freeze else set())
+    # What is reported is what the weights left behind give, contexts exact.
+    assert end_to_end.judge(model, tokens[:60]).loss == pytest.approx(ran.validation.loss, abs=1e-6)
+    sequential = contexts.evaluate(
+        model.context_block, model.context_inputs(tokens[:60]), method="sequential"
+    )
+    literal = phase2.evaluate(phase2.Positions(model, sequential.values, tokens[:60]))
+    assert literal.loss == pytest.approx(ran.validation.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("length", "batch", "unroll"), [(150, 32, 8), (97, 32, 8), (40, 1024, 8)])
+def test_an_epoch_reads_every_token_once(length: int, batch: int, unroll: int) -> None:
+    one, model = made(
+        contexts="end_to_end", phase2_batch_size=batch, unroll=unroll, phase2_epochs=1
+    )
+    tokens = stream(length)
+    read = Unrolled(model)
+    seen: list[Tensor] = []
+    fresh: list[bool] = []
+
+    def spy(inputs: TokenInputs, positions: Tensor, state: Any) -> Any:
+        seen.append(positions)
+        fresh.append(state is None)
+        if seen[:-1] and state is not None:
+            assert torch.equal(positions[:, 0], seen[-2][:, -1] + 1)  # lanes go on
+        return read(inputs, positions, state)
+
+    end_to_end.train(
+        model, spy, lambda: end_to_end.judge(model, tokens), tokens, one, torch.Generator()
+    )
+    everything = torch.cat([one.flatten() for one in seen]).tolist()
+    lanes = len(seen[0])
+    assert len(set(everything)) == len(everything)
+    assert length - 1 - lanes < len(everything) <= length - 1
+    assert max(everything) <= length - 2
+    assert lanes * unroll <= max(batch, unroll)
+    assert fresh == [True] + [False] * (len(seen) - 1)
+
+
+def test_a_stream_too_short_to_unroll_is_named() -> None:
+    one, model = made(contexts="end_to_end", unroll=64)
+    tokens = stream(30)
+    with pytest.raises(ParameterError, match="unroll: got 64"):
+        end_to_end.train(
+            model,
+            Unrolled(model),
+            lambda: end_to_end.judge(model, tokens),
+            tokens,
+            one,
+            torch.Generator(),
+        )
+
+
+# Peers
+
+
+@pytest.mark.parametrize("model", PEERS)
+@pytest.mark.parametrize(
+    ("layers", "width", "dim"), [(3, 128, 128), (3, 64, 64), (6, 96, 128), (2, 128, 64)]
+)
+def test_peers_have_cvfps_size(model: Any, layers: int, width: int, dim: int) -> None:
+    one = experiment(model=model, num_layers=layers, context_dim=width, embedding_dim=dim)
+    size = controls.size(one, dim)
+    own = build_cvfp(one.replace(model="cvfp"), torch.zeros(V, dim)).parameter_counts()
+    assert size == own["context_block"] + own["token_block"]
+    peer = end_to_end.peer(one, torch.zeros(V, dim), size, seed=0)
+    trained = sum(
+        p.numel()
+        for name, p in peer.named_parameters()
+        if p.requires_grad and name not in ("embedding", "head.weight", "head.bias")
+    )
+    assert abs(trained / size - 1) <= 0.05
+    assert peer.parameter_counts() == {"body": trained, "embedding": V * dim, "head": 0}
+
+
+def lstm() -> LSTM:
+    torch.manual_seed(0)
+    return LSTM(table(), 12, 1, weight_tying=True, freeze_embedding=True)
+
+
+def transformer(unroll: int = 8) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(table(), 20, unroll, weight_tying=True, freeze_embedding=True).eval()
+
+
+def test_lstm_is_judged_as_a_step_by_step_loop_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "LONGEST", 16)
+    model, tokens = lstm(), stream(60)
+    cell = nn.LSTMCell(E, 12)
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            parameter.copy_(getattr(model.lstm, f"{name}_l0"))
+    e = F.layer_norm(table(), (E,))[tokens]
+    h = c = torch.zeros(1, 12)
+    ours = model.judge(tokens, 1)
+    for t in range(59):
+        with torch.no_grad():
+            h, c = cell(e[t : t + 1], (h, c))
+            hidden = model.norm(e[t : t + 1] + model.out(h))
+            wanted = F.cross_entropy(hidden @ table().T, tokens[t + 1 : t + 2])
+        assert float(ours.nats[t]) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_transformer_is_judged_as_one_window_at_a_time_would() -> None:
+    model, tokens = transformer(), stream(61)
+    inputs = TokenInputs(tokens, model.embedding, 1)
+    ours = model.judge(tokens, 1)
+    assert len(ours.nats) == 60
+    with torch.no_grad():
+        for start in range(0, 60, 8):
+            own = torch.arange(start, min(start + 8, 61))
+            before = inputs.dense(torch.arange(max(0, start - 8), start))
+            nothing = torch.zeros(8 - len(before), E)
+            e = torch.cat([nothing, before, inputs.dense(own)])
+            hidden = model.gpt2(inputs_embeds=e[None]).last_hidden_state[0, 8:]
+            logits = hidden @ table().T
+            for place, t in enumerate(own.tolist()):
+                if t < 60:
+                    wanted = F.cross_entropy(logits[place : place + 1], tokens[t + 1 : t + 2])
+                    assert float(ours.nats[t]) == pytest.approx(float(wanted), abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [lstm, transformer])
+def test_no_peer_sees_what_comes_later(make: Any) -> None:
+    model, tokens = make(), stream(60)
+    changed = tokens.clone()
+    changed[30] = (changed[30] + 1) % V
+    before, after = model.judge(tokens, 1).nats, model.judge(changed, 1).nats
+    # Token 30 is predicted at 29, and read at 30.
+    assert torch.equal(before[:29], after[:29])
+    assert not torch.equal(before[30:], after[30:])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("tying", [True, False])
+@pytest.mark.parametrize("kind", PEERS)
+def test_peers_learn_a_stream_that_can_be_learnt(kind: Any, tying: bool, freeze: bool) -> None:
+    one = experiment(
+        model=kind,
+        weight_tying=tying,
+        freeze_embedding=freeze,
+        num_layers=3,
+        context_dim=32,
+        phase2_epochs=30,
+        phase2_patience=30,
+        phase2_learning_rate=0.01,
+    )
+    # What follows depends on the token before the last.
+    tokens = torch.tensor([0, 1, 0, 2] * 60)
+    model = end_to_end.peer(one, table(), 20_000, seed=1)
+    ran = end_to_end.train(
+        model,
+        model.read,
+        lambda: model.judge(tokens[:80], 1),
+        tokens,
+        one,
+        torch.Generator().manual_seed(0),
+    )
+    assert ran.validation.nats[8:].mean() < 0.1
+    moved = not torch.equal(model.embedding, table())
+    assert moved == (not freeze)
+
+
+def test_what_no_model_can_be_is_named() -> None:
+    with pytest.raises(ParameterError, match="contexts: got 'zero'; accepted: 'trained'"):
+        experiment(model="lstm", contexts="zero")
+    with pytest.raises(ParameterError, match="num_input_tokens: got 2"):
+        experiment(model="transformer", num_input_tokens=2)
+    one = experiment(model="transformer", embedding_dim=18)
+    with pytest.raises(ParameterError, match="embedding_dim: got 18; accepted: a multiple of 4"):
+        end_to_end.peer(one, torch.zeros(V, 18), 10_000, 0)
+    with pytest.raises(ParameterError, match="model: got 'transformer'; accepted: a model of"):
+        end_to_end.peer(experiment(model="transformer"), table(), 100, 0)
+
+
+# As runs
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_runs_is_stored_and_loaded(tiny: Experiment, kind: Any) -> None:
+    one = tiny.replace(contexts=kind, unroll=8)
+    ran, kept = cvfp.run(one, reuse=False), cvfp.run(one)
+    assert kept.from_store
+    assert kept == ran
+    assert ran.val_ppl is not None
+    has_contexts = kind in ("random", "shuffled", "end_to_end")
+    assert (ran.val_er is not None) == has_contexts
+    assert (ran.context_sweeps is not None) == has_contexts
+    assert (ran.phase1_iterations is not None) == (kind == "shuffled")
+    ours, theirs = ran.model(), kept.model()
+    for name, weights in ours.state_dict().items():
+        assert torch.equal(weights, theirs.state_dict()[name])
+    assert isinstance(theirs, CVFP)
+    if kind in ("random", "end_to_end"):
+        assert theirs.generate("hello", 3)
+    else:
+        with pytest.raises(ValueError, match="contexts: got a control"):
+            theirs.generate("hello", 3)
+        if not has_contexts:
+            with pytest.raises(ParameterError, match="a run that has contexts"):
+                _ = ran.ranks
+
+
+def test_random_contexts_are_those_of_the_block_as_it_was_made(tiny: Experiment) -> None:
+    ran = cvfp.run(tiny.replace(contexts="random"))
+    data = cvfp.data.load(tiny)
+    untrained = build(tiny, ran.model().embedding.detach(), data.tokenizer)
+    for mine, theirs in zip(
+        ran.model().context_block.parameters(), untrained.context_block.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_shuffled_contexts_share_phase_1_with_trained_ones(tiny: Experiment) -> None:
+    cvfp.run(tiny)
+    shuffled = cvfp.run(tiny.replace(contexts="shuffled"), reuse=True)
+    assert shuffled.from_store or shuffled.phase1_from_store
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_peer_runs_is_stored_and_loaded(kind: Any) -> None:
+    one = tiny_experiment(model=kind, unroll=8, num_layers=3, context_dim=32, embedding_dim=32)
+    ran, kept = cvfp.run(one, reuse=False), cvfp.run(one)
+    assert kept.from_store
+    assert kept == ran
+    assert ran.val_er is None
+    assert set(ran.parameters) == {"body", "embedding", "head"}
+    data = cvfp.data.load(one)
+    model = kept.model()
+    assert isinstance(model, end_to_end.Peer)
+    again = model.judge(data.validation.tokens, 1)
+    assert again.loss == pytest.approx(
+        sum(r["nats"] for r in ran.val_conversations) / len(again.nats)
+    )
+
+
+def test_losses_by_bin_add_up(tiny: Experiment) -> None:
+    ran = cvfp.run(tiny)
+    data = cvfp.data.load(tiny)
+    for column in ("tokens", "nats", "correct"):
+        whole = sum(row[column] for row in ran.val_conversations)
+        for bins in (ran.val_positions, ran.val_frequencies):
+            assert sum(row[column] for row in bins) == pytest.approx(whole)
+    counts = torch.bincount(data.train.tokens, minlength=data.vocab_size)
+    target = data.validation.tokens[1:]
+    tokens = {row["low"]: row["tokens"] for row in ran.val_frequencies}
+    for low in (0, 1, 10, 100, 1000):
+        high = 10 * low or 1
+        inside = int(((counts[target] >= low) & (counts[target] < high)).sum())
+        assert tokens.get(low, 0) == inside
+    assert len(tokens) > 2
+    # All conversations but the first have their first token predicted, by the one before.
+    tokens = {row["low"]: row["tokens"] for row in ran.val_positions}
+    ends = [*data.validation.starts[1:].tolist(), len(data.validation)]
+    lengths = [
+        end - start for start, end in zip(data.validation.starts.tolist(), ends, strict=True)
+    ]
+    assert tokens[0] == sum(min(4, length) for length in lengths) - 1
+    for low in (4, 8, 16, 32):
+        inside = sum(max(0, min(2 * low, length) - low) for length in lengths)
+        assert tokens.get(low, 0) == inside
