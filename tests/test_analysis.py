@@ -24,6 +24,7 @@ def test_published_tables_say_where_they_are_from() -> None:
 
 def test_reading_says_so_when_a_baseline_wins() -> None:
     lines = {"unigram": 700.0, "kneser_ney": 170.0, "table": 128.0, "kneser_ney_both": 124.0}
+    lines |= {"trigram": 160.0, "trigram_both": 122.0}
     assert "A baseline wins" in readings.against_baselines(131.0, lines)
     assert "lowest perplexity" in readings.against_baselines(120.0, lines)
     assert "not there" in readings.against_baselines(120.0, {**lines, "table": None})
@@ -44,6 +45,8 @@ def test_reading_follows_the_numbers() -> None:
             "kneser_ney_ppl": 170.0,
             "table_ppl": 128.0,
             "kneser_ney_both_ppl": 124.0,
+            "trigram_ppl": 160.0,
+            "trigram_both_ppl": 122.0,
         }
     )
     law = scaling.fit(frame.train_tokens, frame.val_ppl)

@@ -542,6 +542,8 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
     the models that only count; ordered as at the largest size."""
     sizes = compare.sizes(groups)
     found = {size: _changes(groups, size) for size in sizes}
+    # The best are to be seen, however far ahead.
+    nearest = min(-0.4, *(one[0] - 0.05 for kinds in found.values() for one in kinds.values()))
     order = sorted(found[sizes[-1]], key=lambda kind: found[sizes[-1]][kind][0])
     figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
     for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
@@ -564,7 +566,7 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
             xlabel="perplexity against CVFP",
             title=f"{size} conversations (CVFP {ppl:.0f})",
             ylim=(len(order) - 0.5, -0.5),
-            xlim=(-0.4, FAR + 0.02),
+            xlim=(nearest, FAR + 0.02),
         )
         one.set_xticks([-0.25, 0, 0.25, 0.5])
         one.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
