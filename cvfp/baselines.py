@@ -120,10 +120,12 @@ def _interpolated(
     lower: Floats,
 ) -> Floats:
     """One order's probabilities of `wanted`, from its counts and those of the order below."""
+    if not len(grams):  # a stream shorter than this order
+        return lower
     discount = _discount(counts)
     # Sorted n-grams: those of one history stand together.
     histories, first = np.unique(grams // vocab_size, return_index=True)
-    total = np.add.reduceat(counts, first) if len(counts) else counts
+    total = np.add.reduceat(counts, first)
     followers = np.diff(np.append(first, len(grams)))
     place, known = _find(histories, wanted // vocab_size)
     gram, seen = _find(grams, wanted)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cvfp import seeds
 from cvfp.config import Experiment
-from cvfp.model import CVFP, count_parameters
+from cvfp.model import CVFP
 from cvfp.phase2 import Positions
 
 
@@ -96,19 +96,3 @@ def parameter_counts(model: CVFP, experiment: Experiment) -> dict[str, int]:
         width = model.embedding.shape[1]
         counts["token_block"] -= sum(model.context_widths) * width
     return counts
-
-
-def size(experiment: Experiment, embedding_dim: int) -> int:
-    """Parameters of the Experiment's ContextBlock and TokenBlock: what a peer is matched to."""
-    with torch.device("meta"):
-        table = torch.empty(1, embedding_dim)
-        model = CVFP(
-            table,
-            num_layers=experiment.num_layers,
-            context_dim=experiment.context_dim,
-            num_input_tokens=experiment.num_input_tokens,
-            token_input_all_layers=experiment.token_input_all_layers,
-            weight_tying=True,
-            freeze_embedding=True,
-        )
-    return count_parameters(model.context_block) + count_parameters(model.token_block)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cvfp import contexts, phase2
 from cvfp.config import Experiment, ParameterError
-from cvfp.model import CVFP, TokenInputs, autocast, count_parameters
-from cvfp.phase2 import Evaluation, NextToken, Phase2, Predictor
+from cvfp.model import CVFP, Predictor, TokenInputs, autocast, count_parameters
+from cvfp.phase2 import Evaluation, NextToken, Phase2
 
 # Gradients through time explode now and then; the usual remedy (Pascanu et al., 2013).
 CLIP = 1.0
@@ -37,38 +37,14 @@ class Reader(Protocol):
     ) -> tuple[Tensor, State]: ...
 
 
-class Peer(nn.Module):
-    """A sequence model between the table and the head.
-
-    Args:
-        table: [V, E], read normalised and, tied, used as the head.
-    """
-
-    def __init__(self, table: Tensor, *, weight_tying: bool, freeze_embedding: bool) -> None:
-        super().__init__()
-        vocab_size, width = table.shape
-        self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
-        self.head = None if weight_tying else nn.Linear(width, vocab_size)
-        if self.head is not None:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
-        if self.head is None:
-            return nn.functional.linear(hidden, self.embedding)
-        return self.head(hidden)
+class Peer(Predictor):
+    """A sequence model between the table, whose rows it reads normalised, and the head."""
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters by part; those that are never used are not counted."""
-        ends = self.embedding.numel()
-        head = 0 if self.head is None else count_parameters(self.head)
-        dead = sum(p.numel() for p in self.unused())
-        return {
-            "body": count_parameters(self) - ends - head - dead,
-            "embedding": ends,
-            "head": head,
-        }
+        ends = self.end_counts()
+        dead = sum(parameter.numel() for parameter in self.unused())
+        return {"body": count_parameters(self) - sum(ends.values()) - dead, **ends}
 
     def unused(self) -> list[nn.Parameter]:
         return []

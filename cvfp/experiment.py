@@ -34,7 +34,7 @@ from cvfp import data as data_module
 from cvfp.config import Experiment, ParameterError, cpu_capabilities
 from cvfp.data import Data, Stream
 from cvfp.end_to_end import Peer
-from cvfp.model import CVFP, ContextBlock, TokenInputs, initialise
+from cvfp.model import CVFP, ContextBlock, TokenInputs, count_parameters, initialise
 from cvfp.progress import Stage
 
 MEBIBYTE = 2**20
@@ -211,7 +211,7 @@ def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenize
         ParameterError: a peer that cannot be matched to CVFP's size.
     """
     if experiment.model != "cvfp":
-        size = controls.size(experiment, table.shape[1])
+        size = cvfp_size(experiment, table.shape[1])
         seed = seeds.generator(experiment.seed, "peer").initial_seed()
         return end_to_end.peer(experiment, table, size, seed)
     return build_cvfp(experiment, table, tokenizer)
@@ -221,6 +221,25 @@ def build_cvfp(
     experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
 ) -> CVFP:
     """The untrained CVFP of an Experiment over `table` [V, E], on the CPU."""
+    model = _blank(experiment, table, tokenizer)
+    initialise(model.context_block, seeds.generator(experiment.seed, "context_block"))
+    initialise(model.token_block, seeds.generator(experiment.seed, "token_block"))
+    if experiment.contexts == "window":
+        controls.level_window(model, experiment.context_dim)
+    return model
+
+
+def cvfp_size(experiment: Experiment, embedding_dim: int) -> int:
+    """Parameters of the Experiment's ContextBlock and TokenBlock: what a peer is matched to."""
+    with torch.device("meta"):
+        model = _blank(experiment, torch.empty(1, embedding_dim))
+    return count_parameters(model.context_block) + count_parameters(model.token_block)
+
+
+def _blank(
+    experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
+) -> CVFP:
+    """A CVFP whose blocks are not initialised yet."""
     model = CVFP(
         table,
         num_layers=experiment.num_layers,
@@ -235,10 +254,6 @@ def build_cvfp(
     )
     if experiment.contexts == "end_to_end":
         model.context_table = None  # no Phase 1 that the table would have to stay as it was for
-    initialise(model.context_block, seeds.generator(experiment.seed, "context_block"))
-    initialise(model.token_block, seeds.generator(experiment.seed, "token_block"))
-    if experiment.contexts == "window":
-        controls.level_window(model, experiment.context_dim)
     return model
 
 

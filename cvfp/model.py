@@ -257,7 +257,35 @@ class TokenBlock(nn.Module):
         return hidden
 
 
-class CVFP(nn.Module):
+class Predictor(nn.Module):
+    """What every language model here ends in: the embedding table, and the head over it.
+
+    Args:
+        table: [V, E].
+        weight_tying: the table is the head; False: a Linear of its own, zero at first.
+        freeze_embedding: the table is not trained.
+    """
+
+    def __init__(self, table: Tensor, *, weight_tying: bool, freeze_embedding: bool) -> None:
+        super().__init__()
+        vocab_size, width = table.shape
+        self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
+        self.head = None if weight_tying else nn.Linear(width, vocab_size)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
+        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+
+    def end_counts(self) -> dict[str, int]:
+        """Numbers of parameters of table and head; a tied head has none of its own."""
+        head = 0 if self.head is None else count_parameters(self.head)
+        return {"embedding": self.embedding.numel(), "head": head}
+
+
+class CVFP(Predictor):
     """ContextBlock, TokenBlock, embedding table and head, with a tokeniser for text.
 
     Phase 1 learns the ContextBlock over the table it is given. If Phase 2 trains the table
@@ -283,8 +311,8 @@ class CVFP(nn.Module):
         context_widths: Sequence[int] | None = None,
         generates: bool = True,
     ) -> None:
-        super().__init__()
-        vocab_size, embedding_dim = table.shape
+        super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
+        embedding_dim = table.shape[1]
         input_dim = num_input_tokens * embedding_dim
         self.num_input_tokens = num_input_tokens
         self.tokenizer = tokenizer
@@ -294,17 +322,8 @@ class CVFP(nn.Module):
         )
         self.context_widths = list(context_widths or self.context_block.widths)
         self.token_block = TokenBlock(self.context_widths, embedding_dim, input_dim)
-        self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
         self.context_table: Tensor | None
         self.register_buffer("context_table", None if freeze_embedding else table.clone())
-        self.head = None if weight_tying else nn.Linear(embedding_dim, vocab_size)
-        if self.head is not None:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
-        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
 
     def context_inputs(self, tokens: Tensor, history: Tensor | None = None) -> TokenInputs:
         """What the ContextBlock reads at each position of a stream (int64 [T])."""
@@ -316,8 +335,7 @@ class CVFP(nn.Module):
         return {
             "context_block": count_parameters(self.context_block),
             "token_block": count_parameters(self.token_block),
-            "embedding": self.embedding.numel(),
-            "head": 0 if self.head is None else count_parameters(self.head),
+            **self.end_counts(),
         }
 
     @torch.no_grad()

@@ -6,15 +6,15 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
-from cvfp.model import CVFP, TokenInputs, autocast
+from cvfp.model import CVFP, Predictor, TokenInputs, autocast
 
 # Logits held at once when evaluating: near the cache on a CPU, enough to fill a GPU.
 EVALUATION_LOGITS = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}
@@ -51,16 +51,6 @@ class Phase2:
     train_loss: float
     validation: Evaluation
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-class Predictor(Protocol):
-    """A model that ends in a table or head: what training and judging it takes."""
-
-    embedding: nn.Parameter  # [V, E]
-    head: nn.Linear | None
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class Positions:

@@ -12,7 +12,7 @@ import joblib
 import torch
 
 from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import Result, Results, prepare, run
+from cvfp.experiment import Result, Results, build, prepare, run
 from cvfp.progress import Stage
 
 
@@ -28,8 +28,8 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         grid: fields of the Experiment, each with the values to run.
 
     Raises:
-        ParameterError: an unknown field, a bad value, or a size that exceeds the corpus, for any of
-            the runs, before the first starts.
+        ParameterError: an unknown field, a bad value, a size that exceeds the corpus, or a peer
+            that cannot be built, for any of the runs, before the first starts.
     """
     if type(n_jobs) is not int or n_jobs < 1:
         raise ParameterError("n_jobs", n_jobs, "an integer of at least 1")
@@ -46,9 +46,14 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         for values in combinations
     ]
     for one in experiments:
-        prepare(one)
+        data, table = prepare(one)
+        if one.model != "cvfp":
+            build(one, table.weight, data.tokenizer)
     results = Results()
-    with Stage("Sweep", len(experiments), unit="run", every=1) as stage:
+    with (
+        warnings.catch_warnings(),
+        Stage("Sweep", len(experiments), unit="run", every=1) as stage,
+    ):
         if n_jobs == 1:
             finished: Iterable[Result] = map(_run_one, experiments)
         else:

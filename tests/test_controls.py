@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import cvfp
 from cvfp import Experiment, ParameterError, contexts, controls, end_to_end, phase2
 from cvfp.end_to_end import LSTM, Transformer, Unrolled
-from cvfp.experiment import build, build_cvfp
+from cvfp.experiment import build, build_cvfp, cvfp_size
 from cvfp.model import CVFP, TokenInputs
 
 V, E, T = 40, 16, 150
@@ -249,7 +251,7 @@ def test_a_stream_too_short_to_unroll_is_named() -> None:
 )
 def test_peers_have_cvfps_size(model: Any, layers: int, width: int, dim: int) -> None:
     one = experiment(model=model, num_layers=layers, context_dim=width, embedding_dim=dim)
-    size = controls.size(one, dim)
+    size = cvfp_size(one, dim)
     own = build_cvfp(one.replace(model="cvfp"), torch.zeros(V, dim)).parameter_counts()
     assert size == own["context_block"] + own["token_block"]
     peer = end_to_end.peer(one, torch.zeros(V, dim), size, seed=0)
@@ -400,10 +402,11 @@ def test_random_contexts_are_those_of_the_block_as_it_was_made(tiny: Experiment)
         assert torch.equal(mine, theirs)
 
 
-def test_shuffled_contexts_share_phase_1_with_trained_ones(tiny: Experiment) -> None:
+def test_shuffled_contexts_share_phase_1_with_trained_ones(tiny: Experiment, home: Path) -> None:
     cvfp.run(tiny)
-    shuffled = cvfp.run(tiny.replace(contexts="shuffled"), reuse=True)
-    assert shuffled.from_store or shuffled.phase1_from_store
+    shuffled = cvfp.run(tiny.replace(contexts="shuffled"))
+    assert not shuffled.from_store
+    assert shuffled.phase1_from_store
 
 
 @pytest.mark.parametrize("kind", PEERS)
@@ -448,3 +451,13 @@ def test_losses_by_bin_add_up(tiny: Experiment) -> None:
     for low in (4, 8, 16, 32):
         inside = sum(max(0, min(2 * low, length) - low) for length in lengths)
         assert tokens.get(low, 0) == inside
+
+
+def test_a_sweep_names_a_peer_that_cannot_be_built_before_it_starts(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["cvfp.sweep"], "_run_one", lambda one: pytest.fail("it started")
+    )
+    with pytest.raises(ParameterError, match="model: got 'transformer'; accepted: a model of"):
+        cvfp.sweep(tiny, model=["cvfp", "transformer"])

@@ -156,6 +156,14 @@ def test_kneser_ney_trigram_equals_a_literal_one(vocab: int) -> None:
         assert nats[i] == pytest.approx(-math.log(distribution[wanted[i + 1]]), abs=1e-9)
 
 
+def test_kneser_ney_of_a_stream_shorter_than_its_order() -> None:
+    short, target = torch.tensor([3, 1]), torch.tensor([3, 1, 2])
+    wanted = baselines.kneser_ney_nats([torch.tensor([3, 1, 2, 1])], target, 5, order=3)
+    assert len(wanted) == 2
+    # No trigram, no bigram, no unigram that stands after one: what is left is uniform.
+    assert np.allclose(baselines.kneser_ney_nats([short], target, 5, order=3), np.log(5))
+
+
 @pytest.mark.parametrize(("order", "vocab"), [(0, 10), (-1, 10), (3, 2_100_000)])
 def test_kneser_ney_names_an_order_that_cannot_be(order: int, vocab: int) -> None:
     tokens = torch.tensor([1, 2, 3])

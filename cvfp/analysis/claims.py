@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from cvfp import cache
-from cvfp.analysis import published, scaling
+from cvfp.analysis import prediction, published, scaling
 from cvfp.analysis.scaling import PowerLaw
 from cvfp.config import ParameterError
 
@@ -352,19 +352,14 @@ def _law(name: str) -> PowerLaw:
 
 def _correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
     """Pearson's r and its p."""
-    found = stats.pearsonr(x, y)
-    return float(found.statistic), float(found.pvalue)
+    found = prediction.correlation(x, y)
+    return found.r, found.p
 
 
 def _partial(table: pd.DataFrame) -> float:
     """r of Val ER and log PPL, once what log tokens explain is taken out of both."""
-    tokens = np.log(table.tokens)
-
-    def rest(y: pd.Series) -> pd.Series:
-        line = stats.linregress(tokens, y)
-        return y - line.slope * tokens - line.intercept
-
-    return _correlation(rest(table.val_er), rest(np.log(table.val_ppl)))[0]
+    logs = np.log(table.val_ppl)
+    return prediction.partial_correlation(table.val_er, logs, np.log(table.tokens)).r
 
 
 def _left_out(x: Floats, y: Floats) -> tuple[float, float]:
