@@ -1,10 +1,24 @@
 """CVFP: context vectors learned as fixed points, then next-token prediction on them."""
 
-from cvfp import analysis
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cvfp.config import Experiment, ParameterError
 from cvfp.experiment import Result, Results, run
 from cvfp.sweep import sweep
 
+if TYPE_CHECKING:
+    from cvfp import analysis
+
 __version__ = "0.1.0"
 
 __all__ = ["Experiment", "ParameterError", "Result", "Results", "analysis", "run", "sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    # Pandas, SciPy and the plotting libraries take longer to import than a run takes to start.
+    if name == "analysis":
+        return importlib.import_module("cvfp.analysis")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,13 +42,18 @@ def digest(*parts: object) -> str:
 @functools.cache
 def code_fingerprint(*modules: str) -> str:
     """Digest of the modules' code: comments, docstrings and layout do not count."""
-    trees = []
+    sources = []
     for name in modules:
         spec = importlib.util.find_spec(f"cvfp.{name}")
         assert spec is not None
         assert spec.origin is not None
-        trees.append(normalised(Path(spec.origin).read_text(encoding="utf-8")))
-    return digest(trees)
+        sources.append(Path(spec.origin).read_text(encoding="utf-8"))
+    # Parsing takes half a second: it is done once for the same text.
+    path = home() / "code" / digest(sources, list(sys.version_info))
+    if not path.exists():
+        with whole(path) as temporary:
+            temporary.write_text(digest([normalised(source) for source in sources]))
+    return path.read_text()
 
 
 def normalised(source: str) -> str:
@@ -77,9 +83,14 @@ def tensors(
     kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """The tensors kept under `kind` and `key`, made by `make` and kept if they are not there."""
+    return load_file(kept(kind, key, make))
+
+
+def kept(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> Path:
+    """The file of those tensors."""
     path = home() / kind / f"{key}.safetensors"
     if not path.exists():
         made = {name: tensor.contiguous() for name, tensor in make().items()}
         with whole(path) as temporary:
             save_file(made, temporary)
-    return load_file(path)
+    return path

@@ -91,7 +91,7 @@ class Experiment:
     embedding: str = _field(
         "bigram",
         "data",
-        "'bigram' (fitted), 'random', or the hub id or local folder of a pretrained model",
+        "'bigram', 'ppmi' (fitted), 'random', or the hub id or local folder of a pretrained model",
     )
     embedding_dim: int | None = _field(
         128, "data", "E, columns of the table; None: those of the pretrained table", low=1
@@ -183,7 +183,7 @@ class Experiment:
                 raise ParameterError(name, getattr(self, name), "a name or path that is not empty")
         if self.tokenizer == "bpe" and self.vocab_size is None:
             raise ParameterError("vocab_size", None, "an integer for the fitted tokeniser 'bpe'")
-        if self.embedding in ("bigram", "random") and self.embedding_dim is None:
+        if self.embedding in ("bigram", "ppmi", "random") and self.embedding_dim is None:
             raise ParameterError(
                 "embedding_dim", None, f"an integer for the table {self.embedding!r}"
             )

@@ -15,7 +15,10 @@ from cvfp.phase2 import Positions
 class Zero(Positions):
     """Every c^(i) is zero: the model knows the current tokens and nothing else."""
 
-    def outputs(self, positions: Tensor, seen: Tensor) -> list[Tensor]:
+    def reads(self, positions: Tensor) -> Tensor:
+        return self.contexts
+
+    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         return [seen.new_zeros(len(seen), width) for width in self.model.context_widths]
 
 
@@ -27,26 +30,34 @@ class Shuffled(Positions):
         order: int64 [T], a permutation of the positions.
     """
 
-    def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor, order: Tensor) -> None:
-        super().__init__(model, contexts, tokens)
+    def __init__(
+        self, model: CVFP, contexts: Tensor, tokens: Tensor, order: Tensor, precision: str
+    ) -> None:
+        super().__init__(model, contexts, tokens, precision)
         self.order = order.to(tokens.device)
 
-    def outputs(self, positions: Tensor, seen: Tensor) -> list[Tensor]:
+    def reads(self, positions: Tensor) -> Tensor:
+        return super().reads(self.order[positions])
+
+    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         other = self.order[positions]
-        return super().outputs(other, self.context_inputs.dense(other))
+        return super().outputs(other, reads, self.context_inputs.dense(other))
 
 
 class Window(Positions):
     """Every c^(i) is the same plain window: the embeddings of the tokens before the current one."""
 
-    def __init__(self, model: CVFP, tokens: Tensor, length: int) -> None:
-        super().__init__(model, tokens.new_zeros(0, 0), tokens)
+    def __init__(self, model: CVFP, tokens: Tensor, length: int, precision: str) -> None:
+        super().__init__(model, tokens.new_zeros(0, 0), tokens, precision)
         table = self.context_inputs.table
         # [T, length + 1]; what is before the stream is "no token", a row of zeros
         before = tokens.new_full((length,), len(table) - 1)
         self.rows = torch.cat([before, tokens]).unfold(0, length + 1, 1)[:, :-1]
 
-    def outputs(self, positions: Tensor, seen: Tensor) -> list[Tensor]:
+    def reads(self, positions: Tensor) -> Tensor:
+        return self.contexts
+
+    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         window = F.embedding(self.rows[positions], self.context_inputs.table).flatten(-2)
         return [window for _ in self.model.context_widths]
 
@@ -68,22 +79,27 @@ def level_window(model: CVFP, context_dim: int) -> None:
 
 
 def positions(
-    model: CVFP, contexts: Tensor | None, tokens: Tensor, experiment: Experiment
+    model: CVFP,
+    contexts: Tensor | None,
+    tokens: Tensor,
+    experiment: Experiment,
+    precision: str = "float32",
 ) -> Positions:
     """The positions of a stream as the Experiment's `contexts` asks for.
 
     Args:
         contexts: [T, D] of the stream; None for those that take none.
+        precision: of the products.
     """
     if experiment.contexts == "window":
-        return Window(model, tokens, experiment.window_tokens)
+        return Window(model, tokens, experiment.window_tokens, precision)
     if experiment.contexts == "zero":
-        return Zero(model, tokens.new_zeros(0, 0), tokens)
+        return Zero(model, tokens.new_zeros(0, 0), tokens, precision)
     assert contexts is not None
     if experiment.contexts == "shuffled":
         order = torch.randperm(len(tokens), generator=seeds.generator(experiment.seed, "order"))
-        return Shuffled(model, contexts, tokens, order)
-    return Positions(model, contexts, tokens)
+        return Shuffled(model, contexts, tokens, order, precision)
+    return Positions(model, contexts, tokens, precision)
 
 
 def parameter_counts(model: CVFP, experiment: Experiment) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -9,14 +10,15 @@ import itertools
 import json
 import os
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 import torch
 from torch import Tensor
@@ -28,7 +30,9 @@ CHITCHAT_HELD_OUT = 50
 CHITCHAT_FITTING = 500
 CHITCHAT_MIN_CHARACTERS = 250
 
-FITTED_TABLES = ("bigram",)
+FITTED_TABLES = ("bigram", "ppmi")
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -232,10 +236,15 @@ def _chitchat_texts() -> list[str]:
 def _kept_texts(key: str, make: Any) -> list[str]:
     path = cache.home() / "corpora" / f"{key}.parquet"
     if not path.exists():
-        frame = pd.DataFrame({"text": make()})
+        table = pa.table({"text": pa.array(make(), pa.string())})
         with cache.whole(path) as temporary:
-            frame.to_parquet(temporary, index=False)
-    return list(pd.read_parquet(path)["text"])
+            pq.write_table(table, temporary)
+    return _texts(path)
+
+
+def _texts(path: Path) -> list[str]:
+    texts: list[str] = pq.ParquetFile(path).read(["text"]).column(0).to_pylist()
+    return texts
 
 
 def _is_file(dataset: str) -> bool:
@@ -247,35 +256,54 @@ def _read(experiment: Experiment, split: str, count: int) -> list[str]:
     path = Path(experiment.dataset).expanduser()
     if count == 0:
         return []
+    config = experiment.dataset_config
     if _is_file(experiment.dataset):
         if not path.is_file():
             raise ParameterError("dataset", experiment.dataset, "a file that exists")
         kind = "json" if path.suffix == ".jsonl" else "parquet"
-        return list(_stream(experiment, "train", count, kind, data_files=str(path)))
+        arguments: dict[str, Any] = dict(path=kind, data_files=str(path))
+        return _read_kept(experiment, "train", count, signature(path), arguments)
     if path.is_dir():
-        return list(_stream(experiment, split, count, str(path), name=experiment.dataset_config))
+        arguments = dict(path=str(path), name=config)
+        return _read_kept(experiment, split, count, signature(path), arguments)
     if not _could_be_hub_id(experiment.dataset):
         accepted = "'chitchat', a hub id, a folder, or a .jsonl or .parquet file that exists"
         raise ParameterError("dataset", experiment.dataset, accepted)
-    return _read_hub(experiment, split, count)
+    return _read_kept(experiment, split, count, None, dict(path=experiment.dataset, name=config))
 
 
-def _read_hub(experiment: Experiment, split: str, count: int) -> list[str]:
+def signature(path: Path) -> list[Any]:
+    """What changes when a file, or any file of a folder, does: names, sizes and times."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    status = [(str(file.resolve()), file.stat()) for file in files]
+    return [(name, one.st_size, one.st_mtime_ns) for name, one in status]
+
+
+def _read_kept(
+    experiment: Experiment,
+    split: str,
+    count: int,
+    files: list[Any] | None,
+    arguments: dict[str, Any],
+) -> list[str]:
+    """Samples read once and kept: importing `datasets` alone takes seconds.
+
+    Args:
+        files: signature of local files; None: from a hub.
+    """
+    name = "local" if files is not None else experiment.dataset.replace("/", "--")
     where = [experiment.dataset, experiment.dataset_config, split, experiment.column]
-    key = f"{experiment.dataset.replace('/', '--')}-{cache.digest(*where)}"
+    local = [] if files is None else [files, cache.code_fingerprint("data")]
+    key = f"{name}-{cache.digest(*where, *local)}"
     kept = sorted((cache.home() / "corpora").glob(f"{key}-*.parquet"), key=_kept_count)
     for path in kept:
-        texts = list(pd.read_parquet(path)["text"])
+        texts = _texts(path)
         # Fewer than were asked for when it was made: the split ends there.
         if len(texts) >= count or len(texts) < _kept_count(path):
             return texts[:count]
-    require_hub("dataset", experiment.dataset)
-
-    def streamed() -> list[str]:
-        name = experiment.dataset_config
-        return list(_stream(experiment, split, count, experiment.dataset, name=name))
-
-    return _kept_texts(f"{key}-{count}", streamed)
+    if files is None:
+        require_hub("dataset", experiment.dataset)
+    return _kept_texts(f"{key}-{count}", lambda: list(_stream(experiment, split, count, arguments)))
 
 
 def _kept_count(path: Path) -> int:
@@ -283,12 +311,12 @@ def _kept_count(path: Path) -> int:
 
 
 def _stream(
-    experiment: Experiment, split: str, count: int, path: str, **arguments: Any
+    experiment: Experiment, split: str, count: int, arguments: dict[str, Any]
 ) -> Iterator[str]:
     import datasets  # takes a second, and the embedded corpus does without
 
     try:
-        rows = datasets.load_dataset(path, split=split, streaming=True, **arguments)
+        rows = datasets.load_dataset(split=split, streaming=True, **arguments)
         columns = list(rows.column_names or next(iter(rows)))
     except ValueError as error:
         if "split" in str(error).lower():
@@ -347,8 +375,18 @@ def require_hub(parameter: str, name: str) -> None:
         raise ParameterError(parameter, name, accepted) from error
 
 
-def pretrained(parameter: str, name: str, load: Any) -> Any:
-    """`load(name, local_files_only)` for a local folder, a cached hub id, or one to download."""
+def pretrained(parameter: str, name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
+    """`load(name, local_files_only)` for a local folder, a cached hub id, or one to download; the
+    last few are kept in memory."""
+    path = Path(name).expanduser()
+    files = signature(path) if path.exists() else []
+    return _pretrained(parameter, name, load, tuple(files))
+
+
+@functools.lru_cache(maxsize=4)
+def _pretrained(
+    parameter: str, name: str, load: Callable[[str, bool], Loaded], files: tuple[Any, ...]
+) -> Loaded:
     path = Path(name).expanduser()
     try:
         if path.exists():
@@ -374,20 +412,23 @@ def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
         assert experiment.vocab_size is not None
         return fit_bpe(fitting, experiment.vocab_size)
 
-    def from_transformers(name: str, local: bool) -> Any:
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-
-    loaded = pretrained("tokenizer", experiment.tokenizer, from_transformers)
-    if not getattr(loaded, "is_fast", False):
+    tokenizer = pretrained("tokenizer", experiment.tokenizer, _from_transformers)
+    if tokenizer is None:
         raise ParameterError("tokenizer", experiment.tokenizer, "one with a fast implementation")
-    backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    tokenizer = Tokenizer(backend)
     if experiment.vocab_size not in (None, tokenizer.vocab_size):
         accepted = f"None, or {tokenizer.vocab_size} with tokenizer {experiment.tokenizer!r}"
         raise ParameterError("vocab_size", experiment.vocab_size, accepted)
     return tokenizer
+
+
+def _from_transformers(name: str, local: bool) -> Tokenizer | None:
+    """None: the tokeniser is a slow one."""
+    import transformers
+
+    loaded: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if not getattr(loaded, "is_fast", False):
+        return None
+    return _tokenizer_from_json(loaded.backend_tokenizer.to_str())
 
 
 def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvfp import cache, seeds
@@ -25,6 +30,12 @@ FIT_STD = 0.1
 FIT_SEED = 0
 # Logits held at once when fitting: 4 M numbers stay near the cache.
 FIT_LOGITS = 2**22
+
+PPMI_WINDOW = 5
+# Of the randomised decomposition (Halko et al. 2011).
+PPMI_OVERSAMPLING = 32
+PPMI_PASSES = 4
+PPMI_NORM = 3.88  # of GPT-2's rows, about
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ class Table:
     weight: Tensor  # [V, E] float32, on the CPU
     bigram: BigramLM | None = None
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return cache.digest(self.weight)
+
 
 def load(
     experiment: Experiment,
@@ -76,7 +91,10 @@ def load(
         return Table(weight.normal_(0.0, RANDOM_STD, generator=generator))
     if experiment.embedding == "bigram":
         return _bigram(experiment, data, report)
-    weight = pretrained("embedding", experiment.embedding, _from_transformers)
+    if experiment.embedding == "ppmi":
+        return _ppmi(experiment, data)
+    table = pretrained("embedding", experiment.embedding, _from_transformers)
+    weight = table.weight
     if experiment.embedding_dim not in (None, weight.shape[1]):
         accepted = f"None, or {weight.shape[1]} with embedding {experiment.embedding!r}"
         raise ParameterError("embedding_dim", experiment.embedding_dim, accepted)
@@ -86,14 +104,14 @@ def load(
             f"{experiment.tokenizer!r} (this one has {len(weight)})"
         )
         raise ParameterError("embedding", experiment.embedding, accepted)
-    return Table(weight)
+    return table
 
 
-def _from_transformers(name: str, local: bool) -> Tensor:
+def _from_transformers(name: str, local: bool) -> Table:
     import transformers
 
     model: Any = transformers.AutoModel.from_pretrained(name, local_files_only=local)
-    return model.get_input_embeddings().weight.detach().float().clone()
+    return Table(model.get_input_embeddings().weight.detach().float().clone())
 
 
 def _bigram(
@@ -101,14 +119,76 @@ def _bigram(
 ) -> Table:
     assert experiment.embedding_dim is not None
     dim = experiment.embedding_dim
-    made_by = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
-    key = cache.digest(made_by, data.vocab_size, dim, data.fitting.tokens, data.fitting.starts)
+    key = _fitted_key(experiment, data)
 
     def make() -> dict[str, Tensor]:
         return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))
 
-    fitted = BigramLM(**cache.tensors("tables", key, make))
-    return Table(fitted.table, fitted)
+    return _kept_table(cache.kept("tables", key, make))
+
+
+def _ppmi(experiment: Experiment, data: Data) -> Table:
+    assert experiment.embedding_dim is not None
+    dim = experiment.embedding_dim
+    if dim > data.vocab_size:
+        accepted = f"at most the vocabulary's {data.vocab_size} with embedding 'ppmi'"
+        raise ParameterError("embedding_dim", dim, accepted)
+
+    def make() -> dict[str, Tensor]:
+        return {"table": fit_ppmi(data.fitting, data.vocab_size, dim)}
+
+    return _kept_table(cache.kept("tables", _fitted_key(experiment, data), make))
+
+
+def _fitted_key(experiment: Experiment, data: Data) -> str:
+    made_by = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
+    how = [experiment.embedding, data.vocab_size, experiment.embedding_dim]
+    return cache.digest(made_by, *how, data.fitting.tokens, data.fitting.starts)
+
+
+@functools.lru_cache(maxsize=2)  # a table is large, and hashing it takes longer than loading
+def _kept_table(path: Path) -> Table:
+    tensors = load_file(path)
+    weight = tensors["table"]
+    return Table(weight, BigramLM(**tensors) if len(tensors) > 1 else None)
+
+
+def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
+    """Rows of U·√Σ of the positive pointwise mutual information of neighbours, of equal norm.
+
+    Levy, Goldberg and Dagan (2015): counts within `PPMI_WINDOW` tokens of one another in a sample,
+    weighted 1/distance. Tokens that do not occur get zeros. Good as inputs; as a tied head it
+    lacks the frequencies (SPEC §7).
+    """
+    sample = torch.bucketize(torch.arange(len(fitting)), fitting.starts, right=True)
+    keys, weights = [], []
+    for distance in range(1, PPMI_WINDOW + 1):
+        inside = sample[distance:] == sample[:-distance]
+        first, second = fitting.tokens[:-distance][inside], fitting.tokens[distance:][inside]
+        keys += [first * vocab_size + second, second * vocab_size + first]
+        weights += 2 * [torch.full((len(first),), 1 / distance, dtype=torch.float64)]
+    pairs, which = torch.unique(torch.cat(keys), return_inverse=True)
+    counts = torch.bincount(which, torch.cat(weights))
+    first, second = pairs // vocab_size, pairs % vocab_size
+    margin = torch.bincount(first, counts, vocab_size)
+    information = torch.log(counts * counts.sum() / (margin[first] * margin[second]))
+    kept = information > 0
+    ends = torch.bincount(first[kept], minlength=vocab_size).cumsum(0)
+    rank = min(vocab_size, embedding_dim + PPMI_OVERSAMPLING)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # "in beta state"
+        matrix = torch.sparse_csr_tensor(
+            F.pad(ends, (1, 0)),
+            second[kept],
+            information[kept].float(),
+            (vocab_size, vocab_size),
+        )
+        torch.manual_seed(FIT_SEED)
+        left, singular, _ = torch.svd_lowrank(matrix, rank, niter=PPMI_PASSES)
+    rows = left[:, :embedding_dim] * singular[:embedding_dim].sqrt()
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    occurs = (margin > 0)[:, None] & (norm > 0)
+    return torch.where(occurs, rows * (PPMI_NORM / norm.clamp(min=1e-30)), 0.0)
 
 
 def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:

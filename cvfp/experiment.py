@@ -9,11 +9,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from cvfp import (
     controls,
     embeddings,
     end_to_end,
+    memory,
     metrics,
     phase1,
     phase2,
@@ -36,6 +37,9 @@ from cvfp.data import Data, Stream
 from cvfp.end_to_end import Peer
 from cvfp.model import CVFP, ContextBlock, TokenInputs, count_parameters, initialise
 from cvfp.progress import Stage
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEBIBYTE = 2**20
 VERSIONS = ("cvfp", "torch", "numpy", "tokenizers")
@@ -168,6 +172,8 @@ class Results(list[Result]):
 
     def frame(self) -> pd.DataFrame:
         """One row per run; units in `column_docs()`."""
+        import pandas as pd
+
         return pd.DataFrame([result.row() for result in self])
 
 
@@ -291,7 +297,7 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     experiment = experiment.resolved()
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
-    fingerprints = data.fingerprint, cache.digest(table.weight)
+    fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
     record = store.read_run(key) if reuse else None
     if record is not None:
@@ -307,9 +313,10 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         learned = _end_to_end(experiment, model, data, watch)
     else:
         phase1_key = store.key(experiment, *fingerprints, phase1=True)
-        learned = _two_phases(experiment, model, data, phase1_key, watch, reuse)
+        with Background() as background:
+            learned = _two_phases(experiment, model, data, phase1_key, watch, reuse, background)
     with watch("baselines"):
-        lines = _baselines(data, table, reuse)
+        lines = _baselines(data, table)
 
     first, second, recurrence = learned.first, learned.second, learned.recurrence
     validation, width = learned.validation, experiment.context_dim
@@ -378,7 +385,13 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
 
 
 def _two_phases(
-    experiment: Experiment, model: CVFP, data: Data, key: str, watch: Watch, reuse: bool
+    experiment: Experiment,
+    model: CVFP,
+    data: Data,
+    key: str,
+    watch: Watch,
+    reuse: bool,
+    background: Background,
 ) -> Learned:
     """CVFP as it is, and the controls that differ from it in what Phase 2 reads.
 
@@ -390,7 +403,7 @@ def _two_phases(
     learned = Learned(None, controls.parameter_counts(model, experiment))
     if kind in ("trained", "shuffled"):
         learned.first, learned.from_store = _phase1(
-            experiment, model, train_tokens, val_tokens, key, watch, reuse
+            experiment, model, train_tokens, val_tokens, key, watch, reuse, background
         )
         if learned.first.aborted is not None:
             kind = "trained"  # what there is of it is measured
@@ -411,7 +424,9 @@ def _two_phases(
         return learned
     with _phase2_stage(experiment, data, watch) as (report, tick):
         learned.second = phase2.train(
-            controls.positions(model, train_contexts, train_tokens, experiment),
+            controls.positions(
+                model, train_contexts, train_tokens, experiment, experiment.precision
+            ),
             controls.positions(model, val_contexts, val_tokens, experiment),
             experiment,
             seeds.generator(experiment.seed, "batches"),
@@ -504,13 +519,13 @@ def exact_contexts(block: ContextBlock, inputs: TokenInputs) -> contexts.Context
     return made
 
 
-def _baselines(data: Data, table: embeddings.Table, reuse: bool) -> dict[str, float | None]:
-    """What `baselines.evaluate` gives; kept, for it is the same for all runs on the same data."""
+def _baselines(data: Data, table: embeddings.Table) -> dict[str, float | None]:
+    """What `baselines.evaluate` gives; kept with the data and the table, for all runs on them."""
     model = table.bigram
     weights = [] if model is None else [model.table, model.weight, model.bias]
     code = cache.code_fingerprint("baselines", "embeddings")
     key = cache.digest(data.fingerprint, *weights, code)
-    kept = store.read_baselines(key) if reuse else None
+    kept = store.read_baselines(key)
     if kept is None:
         kept = baselines.evaluate(data, model)
         store.write_baselines(key, kept)
@@ -525,12 +540,16 @@ def _phase1(
     key: str,
     watch: Watch,
     reuse: bool,
+    background: Background,
 ) -> tuple[phase1.Phase1, bool]:
-    """Phase 1 trained into `model`, or taken from the store; and whether it was."""
+    """Phase 1 trained into `model` and being stored in the background, or taken from the store;
+    and whether it was."""
     kept = store.read_phase1(key) if reuse else None
     if kept is not None:
-        weights, record = kept
-        made = phase1.Phase1(weights.pop("contexts").to(experiment.device), **record["phase1"])
+        weights, mapped, record = kept
+        total, width = mapped.shape
+        rows = memory.rows(total, width, mapped.dtype, torch.device(experiment.device))
+        made = phase1.Phase1(rows.copy_(mapped), **record["phase1"])
         model.context_block.load_state_dict(weights)
         watch.seconds["phase1"] = record["seconds"]
         return made, True
@@ -555,10 +574,10 @@ def _phase1(
             ),
             probe=rank,
         )
-    record = asdict(made)
-    del record["contexts"]
-    tensors = {**model.context_block.state_dict(), "contexts": made.contexts}
-    store.write_phase1(key, tensors, {"phase1": record, "seconds": watch.seconds["phase1"]})
+    record = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "contexts"}
+    record = {"phase1": record, "seconds": watch.seconds["phase1"]}
+    weights = {name: tensor.clone() for name, tensor in model.context_block.state_dict().items()}
+    background.submit(store.write_phase1, key, weights, made.contexts, record)
     return made, False
 
 
@@ -607,6 +626,24 @@ def _sums(which: Tensor, count: int, evaluation: phase2.Evaluation) -> list[dict
         {"tokens": float(t), "nats": float(n), "correct": float(c)}
         for t, n, c in zip(*sums, strict=True)
     ]
+
+
+class Background:
+    """Work that goes on beside training; leaving the block waits for it and raises its errors."""
+
+    def __enter__(self) -> Background:
+        self.pool = ThreadPoolExecutor(1)
+        self.work: list[Future[None]] = []
+        return self
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.work.append(self.pool.submit(work, *arguments))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()  # an error of training does not lose Phase 1
+        if kind is None:
+            for one in self.work:
+                one.result()
 
 
 class Watch:

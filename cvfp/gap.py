@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cvfp import contexts, experiment, metrics, phase1, seeds
 from cvfp.config import Experiment, ParameterError
-from cvfp.model import ContextBlock, TokenInputs, autocast
+from cvfp.model import ContextBlock, TokenInputs, product_type
 from cvfp.progress import Stage
 
 AS_LEFT = "as Phase 1 leaves them"
@@ -110,6 +110,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     final = history.pop()
     exact = experiment.exact_contexts(block, inputs)
     right = exact.values
+    left = first.contexts.to(right)  # in the precision of the comparison
 
     zeros = torch.zeros_like(right[0])
 
@@ -125,7 +126,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     unmoved = [final] * len(history)
     initial = torch.empty_like(right).normal_(0.0, phase1.INITIAL_STD, generator=fresh)
     made = {
-        AS_LEFT: first.contexts,
+        AS_LEFT: left,
         "noise": again(right, unmoved, noise=exp.phase1_noise, generator=fresh),
         "updates": again(right, history),
         "window": again(initial, unmoved),
@@ -154,11 +155,11 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         recurrence=contexts.diagnose(block, inputs, right),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
         positions=pd.DataFrame.from_dict(
-            {n: metrics.agreement(first.contexts[p], right[p]) for n, p in parts.items()},
+            {n: metrics.agreement(left[p], right[p]) for n, p in parts.items()},
             orient="index",
         ),
-        along=_along(first.contexts, right),
-        clean=_clean(block, inputs, first.contexts, right, sweeps),
+        along=_along(left, right),
+        clean=_clean(block, inputs, left, right, sweeps),
         windows=_windows(block, inputs, right, sweeps),
         block=block,
         inputs=inputs,
@@ -182,6 +183,7 @@ def sweep(
         noise: standard deviation of what is added to the contexts read, drawn from `generator`.
         before: [D], what token 0 reads; None: the last row, as in Phase 1 (a ring).
     """
+    layers = block.layers(product_type(precision, made))
     new = torch.empty_like(made)
     carry = made[-1:] if before is None else before[None]
     for start in range(0, len(made), CHUNK):
@@ -190,8 +192,8 @@ def sweep(
         carry = made[piece][-1:]
         if noise:
             read += torch.empty_like(read).normal_(0.0, noise, generator=generator)
-        with autocast(precision, made.device):
-            new[piece] = block(read, inputs.dense(piece))[-1].to(made.dtype)
+        share = block.share(inputs.dense(piece).to(layers[0].weight.dtype))
+        new[piece] = block.step(read, share, layers)[-1]
     return new
 
 

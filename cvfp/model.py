@@ -51,6 +51,14 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return nullcontext()
 
 
+def product_type(precision: str, like: Tensor) -> torch.dtype:
+    """The type in which products are taken: bfloat16 if `precision` says so, else that of `like`.
+
+    Everything between the products stays in the type of the weights.
+    """
+    return torch.bfloat16 if precision == "bfloat16" else like.dtype
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products as exact as their type: no autocast, no TF32, whatever the caller has set."""
@@ -119,6 +127,12 @@ class TokenInputs:
         part.rows = self.rows[:length]
         return part
 
+    def to(self, dtype: torch.dtype) -> TokenInputs:
+        """The same in another type."""
+        other = copy.copy(self)
+        other.table = self.table.to(dtype)
+        return other
+
     def dense(self, positions: Tensor | slice = slice(None)) -> Tensor:
         """e_t at `positions`: [B, n·E]."""
         return F.embedding(self.rows[positions], self.table).flatten(-2)
@@ -134,7 +148,7 @@ class ContextLayer(NamedTuple):
 
     weight: Tensor  # [read, width]: the columns of c, transposed
     bias: Tensor | None  # [width]; None where it came with the tokens' share
-    residual: nn.Module
+    residual: tuple[Tensor, Tensor] | None  # weight and bias; None: the identity
     norm: nn.LayerNorm
 
 
@@ -198,20 +212,33 @@ class ContextBlock(nn.Module):
     def _linears(self) -> Iterable[nn.Linear]:
         return cast(Iterable[nn.Linear], self.linears)
 
-    def layers(self) -> list[ContextLayer]:
-        """What a step applies; ask once before a loop of many steps."""
+    def layers(self, dtype: torch.dtype | None = None) -> list[ContextLayer]:
+        """What a step applies; ask once before a loop of many steps.
+
+        Args:
+            dtype: that the products are taken in; None: that of the weights.
+        """
         norms = cast(Iterable[nn.LayerNorm], self.norms)
         reads = [self.context_dim, *self.widths[:-1]]
         return [
-            ContextLayer(linear.weight[:, :read].t(), None if sees else linear.bias, residual, norm)
+            ContextLayer(
+                linear.weight[:, :read].t().to(dtype),
+                None if sees else linear.bias.to(dtype),
+                (residual.weight.to(dtype), residual.bias.to(dtype))
+                if isinstance(residual, nn.Linear)
+                else None,
+                norm,
+            )
             for linear, read, sees, residual, norm in zip(
                 self._linears(), reads, self.sees_tokens, self.residuals, norms, strict=True
             )
         ]
 
     def share(self, inputs: Tensor) -> Tensor:
-        """e [B, n·E] -> the tokens' share of every layer's product: [B, Σ share_widths]."""
-        return F.linear(inputs, self.token_weight(), self.token_bias())
+        """e [B, n·E] -> the tokens' share of every layer's product: [B, Σ share_widths], the
+        product in the type of e."""
+        weight, bias = self.token_weight(), self.token_bias()
+        return F.linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype))
 
     def step(
         self, context: Tensor, share: Tensor, layers: list[ContextLayer] | None = None
@@ -221,9 +248,11 @@ class ContextBlock(nn.Module):
         shares = iter(share.split([w for w in self.share_widths if w], dim=-1))
         for layer in layers or self.layers():
             bias = next(shares) if layer.bias is None else layer.bias
-            product = torch.addmm(bias, context, layer.weight)
-            kept = context if isinstance(layer.residual, nn.Identity) else layer.residual(context)
-            context = layer.norm(F.relu(product, inplace=True) + kept)
+            read = context.to(layer.weight.dtype)
+            product = torch.addmm(bias, read, layer.weight)
+            kept = context if layer.residual is None else F.linear(read, *layer.residual)
+            made = F.relu(product, inplace=True) + kept
+            context = layer.norm(made.to(layer.norm.weight.dtype))
             outputs.append(context)
         return outputs
 
@@ -248,13 +277,82 @@ class TokenBlock(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in widths)
 
-    def forward(self, contexts: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        """c^(i) [B, widths[i]] each, e [B, n·E] -> h [B, E]."""
-        hidden, residual = inputs, inputs[..., -self.embedding_dim :]
-        for context, linear, norm in zip(contexts, self.linears, self.norms, strict=True):
-            hidden = norm(residual + F.relu(linear(torch.cat([context, hidden], dim=-1))))
-            residual = hidden
+    def forward(
+        self, contexts: Sequence[Tensor], inputs: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """c^(i) [B, widths[i]] each, e [B, n·E] -> h [B, E].
+
+        Args:
+            dtype: that the products are taken in; None: that of the weights.
+        """
+        hidden = inputs
+        parts = zip(self.linears, self.norms, strict=True)
+        for context, (linear, norm) in zip(contexts, cast(Iterable[Any], parts), strict=True):
+            hidden = _TokenLayer.apply(
+                context, hidden, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, dtype
+            )
         return hidden
+
+
+class _TokenLayer(torch.autograd.Function):
+    """LayerNorm(r + ReLU(Linear([c ; h]))), r the last columns of h; gradients by hand.
+
+    Autograd would also push the gradient into contexts that nobody trains, keep more than is
+    needed, and take twice as many kernels, which at these sizes is what a step costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        context: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        dtype = dtype or weight.dtype
+        shape = (*hidden.shape[:-1], len(weight))
+        hidden = hidden.flatten(0, -2)
+        with torch.autocast(hidden.device.type, enabled=False):
+            columns = weight.to(dtype)
+            read = torch.cat([context.flatten(0, -2).to(dtype), hidden.to(dtype)], dim=1)
+            active = torch.addmm(bias.to(dtype), read, columns.t()).relu_()
+            total = hidden[:, -len(weight) :] + active
+            out, mean, spread = torch.native_layer_norm(total, scale.shape, scale, shift, eps)
+        ctx.save_for_backward(read, columns, active, total, mean, spread, scale, shift)
+        ctx.context_shape, ctx.shape = context.shape, shape
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        read, columns, active, total, mean, spread, scale, shift = ctx.saved_tensors
+        width = ctx.context_shape[-1]
+        exact, dtype = scale.dtype, columns.dtype
+        with torch.autocast(read.device.type, enabled=False):
+            for_total, for_scale, for_shift = torch.ops.aten.native_layer_norm_backward(
+                gradient.reshape(total.shape),
+                total,
+                scale.shape,
+                mean,
+                spread,
+                scale,
+                shift,
+                [True, True, True],
+            )
+            for_product = torch.ops.aten.threshold_backward(for_total.to(dtype), active, 0.0)
+            for_weight = (for_product.t() @ read).to(exact)
+            for_bias = for_product.sum(0).to(exact)
+            for_context = for_hidden = None
+            if ctx.needs_input_grad[0]:
+                for_context = (for_product @ columns[:, :width]).to(exact).view(ctx.context_shape)
+            if ctx.needs_input_grad[1]:
+                for_hidden = (for_product @ columns[:, width:]).to(exact)
+                for_hidden[:, -len(columns) :] += for_total
+                for_hidden = for_hidden.view(*ctx.shape[:-1], -1)
+        return for_context, for_hidden, for_weight, for_bias, for_scale, for_shift, None, None
 
 
 class Predictor(nn.Module):

@@ -11,14 +11,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cvfp import memory, seeds
 from cvfp.config import Experiment
-from cvfp.model import ContextBlock, TokenInputs, autocast
+from cvfp.model import ContextBlock, TokenInputs, product_type
+from cvfp.optimiser import Adam
 
 INITIAL_STD = 0.01
 QUANTILES = (0.1, 0.5, 0.9)
+# Numbers of [tokens, D] that go through the block at once, in whole groups: near the cache on a
+# CPU, enough to fill a GPU.
+PASS = {"cpu": 2**20, "cuda": 2**25, "mps": 2**24}
 # Note 004's rules for giving up: judged once, at this iteration.
 ABORT_ITERATION = 20
 ABORT_SINCE = 15
@@ -30,7 +36,8 @@ class Phase1:
     """What Phase 1 leaves.
 
     Attributes:
-        contexts: [T, D], the last iterate as it was made: with noise, before the last update.
+        contexts: [T, D], the last iterate as it was made: with noise, before the last update. In
+            the type of the products, and where `memory.rows` found room for them.
         iterations: the published count, in which the initial contexts are number 1.
         converged: fraction of tokens whose mean squared change was under the threshold.
         history: one dict per iteration from 2 on: iteration, loss, change (mean squared),
@@ -69,13 +76,26 @@ def abort_reason(history: Sequence[Mapping[str, float]]) -> str | None:
 
 def group_loss(
     contexts: Tensor, previous: Tensor, dist_reg_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of one group [G, D]: (1-w)·MSE − w·‖C − mean‖_F / G; also each token's change [G] and
-    the diversity term."""
-    change = (contexts - previous).square().mean(dim=1)
-    diversity = torch.linalg.vector_norm(contexts - contexts.mean(dim=0)) / len(contexts)
-    loss = (1 - dist_reg_weight) * change.mean() - dist_reg_weight * diversity
-    return loss, change.detach(), diversity.detach()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each of K groups [K, G, D]: (1-w)·MSE − w·‖C − mean‖_F / G.
+
+    Returns:
+        The losses [K], the diversity terms ‖C − mean‖_F / G [K], each token's mean squared change
+        [K, G], and the losses' gradient [K, G, D]: by hand, since autograd takes twice as many
+        passes over the contexts.
+    """
+    size, width = contexts.shape[1:]
+    delta = contexts - previous
+    change = torch.linalg.vector_norm(delta, dim=2).square() / width
+    centred = contexts - contexts.mean(dim=1, keepdim=True)
+    spread = torch.linalg.vector_norm(centred, dim=(1, 2))
+    diversity = spread / size
+    losses = (1 - dist_reg_weight) * change.mean(dim=1) - dist_reg_weight * diversity
+    # Equal contexts have no direction in which to part.
+    pull = dist_reg_weight / size / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    gradient = delta.mul_(2 * (1 - dist_reg_weight) / (size * width))
+    gradient.addcmul_(centred, pull[:, None, None], value=-1)
+    return losses, diversity, change, gradient
 
 
 def train(
@@ -99,42 +119,53 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     device = inputs.table.device
+    exact = inputs.table.dtype
+    dtype = product_type(experiment.precision, inputs.table)
+    draw = seeds.normals(generator)
     total, width = len(inputs), block.context_dim
-    contexts = torch.empty(total, width, device=device)
-    contexts.normal_(0.0, INITIAL_STD, generator=generator)
-    size = experiment.loss_group
-    groups = [slice(i, min(i + size, total)) for i in range(0, total, size)]
-    optimiser = torch.optim.Adam(block.parameters(), lr=experiment.phase1_learning_rate)
-    quantiles = torch.tensor(QUANTILES, device=device)
+    size = min(experiment.loss_group, total)
+    whole = max(1, PASS[device.type] // (size * width)) * size
+    end = total - total % size
+    passes = [slice(i, min(i + whole, end)) for i in range(0, end, whole)]
+    passes += [slice(end, total)] if end < total else []  # the last group is smaller
+    groups = math.ceil(total / size)
+    contexts = memory.rows(total, width, dtype, device)
+    for part in passes:
+        contexts[part] = draw(contexts[part].to(device, exact), INITIAL_STD)
+    inputs = inputs.to(dtype)
+    optimiser = Adam(block.parameters(), experiment.phase1_learning_rate)
     result = Phase1(contexts, 1, 0.0)
-    new = torch.empty_like(contexts)
     change = torch.empty(total, device=device)
     for iteration in range(2, experiment.phase1_max_iterations + 1):
         losses = torch.zeros(2, device=device)
-        optimiser.zero_grad(set_to_none=True)
-        for group in groups:
-            # Token t reads the context of t-1; token 0 that of the last (a ring).
-            read = (
-                contexts[group.start - 1 : group.stop - 1]
-                if group.start
-                else torch.cat([contexts[-1:], contexts[: group.stop - 1]])
-            )
-            jitter = torch.empty_like(read).normal_(
-                0.0, experiment.phase1_noise, generator=generator
-            )
-            with autocast(experiment.precision, device):
-                made = block(read + jitter, inputs.dense(group))[-1].to(contexts.dtype)
-            loss, changed, diversity = group_loss(made, contexts[group], experiment.dist_reg_weight)
-            (loss / len(groups)).backward()
-            new[group], change[group] = made.detach(), changed
-            losses += torch.stack([loss.detach(), diversity]) / len(groups)
+        optimiser.zero_grad()
+        # Token t reads the context of t-1; token 0 that of the last (a ring). The new contexts
+        # take the old ones' place, pass by pass: `last` is what the next pass has to read first.
+        last = contexts[-1:].to(device, copy=True)
+        for part, previous in memory.ahead(contexts, passes, device):
+            read = torch.cat([last, previous[:-1]]).to(exact)
+            last = previous[-1:].clone()
+            jitter = torch.empty_like(read)
+            shape = (-1, min(size, len(read)), width)
+            for group in jitter.view(shape):  # the draws are the same however groups are passed
+                draw(group, experiment.phase1_noise)
+            share = block.share(inputs.dense(part))
+            made = block.step(read.add_(jitter), share, block.layers(dtype))[-1]
+            with torch.no_grad():
+                grouped = made.view(shape), previous.view(shape)
+                each, diversity, changed, gradient = group_loss(
+                    *grouped, experiment.dist_reg_weight
+                )
+                losses += torch.stack([each.sum(), diversity.sum()]) / groups
+                change[part] = changed.flatten()
+            made.backward((gradient.div_(groups)).view(made.shape))
+            contexts[part] = made.detach()
         torch.nn.utils.clip_grad_norm_(block.parameters(), experiment.phase1_gradient_clip)
         optimiser.step()
-        contexts, new = new, contexts
         converged = (change < experiment.convergence_threshold).float().mean()
         # The one read from the device in an iteration.
         figures = torch.cat(
-            [losses, torch.stack([change.mean(), converged]), _quantiles(change, quantiles)]
+            [losses, torch.stack([change.mean(), converged]), _quantiles(change)]
         ).tolist()
         names = (
             "loss",
@@ -163,10 +194,12 @@ def train(
             result.aborted = abort_reason(result.history)
             if result.aborted is not None:
                 break
-    result.contexts = contexts
     return result
 
 
-def _quantiles(change: Tensor, quantiles: Tensor) -> Tensor:
+def _quantiles(change: Tensor) -> Tensor:
+    if change.device.type == "cpu":  # by selection; torch sorts
+        return torch.from_numpy(np.quantile(change.numpy(), QUANTILES)).to(change)
     # torch.quantile refuses more than 16 M values; every k-th token says as much.
-    return torch.quantile(change[:: max(1, len(change) // 1_000_000)], quantiles)
+    levels = change.new_tensor(QUANTILES)
+    return torch.quantile(change[:: max(1, len(change) // 1_000_000)], levels)

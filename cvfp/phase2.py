@@ -9,15 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cvfp import memory
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
-from cvfp.model import CVFP, Predictor, TokenInputs, autocast
+from cvfp.model import CVFP, Predictor, TokenInputs, product_type
+from cvfp.optimiser import Adam
 
-# Logits held at once when evaluating: near the cache on a CPU, enough to fill a GPU.
-EVALUATION_LOGITS = {"cpu": 2**22, "cuda": 2**26, "mps": 2**24}
+# Logits held at once when evaluating: in the cache on a CPU, enough to fill a GPU.
+EVALUATION_LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**24}
+# Tokens that go through the frozen ContextBlock at once: a few batches, since small products cost a
+# CPU as much as larger ones.
+CHUNK = {"cpu": 2**13, "cuda": 2**14, "mps": 2**14}
+# A GPU's matrix units work in tiles: in bfloat16 50,257 logits cost more than 50,304.
+TILE = {"cpu": 1, "cuda": 64, "mps": 1}
+# torch 2.8 and later multiply bfloat16 matrices into a float32 one.
+MIXED_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @dataclass
@@ -57,28 +65,68 @@ class Positions:
     """Positions of a stream with all that predicting the next token takes: contexts and tokens.
 
     Args:
-        contexts: [T, D]; position t reads row t-1, and zeros at t = 0.
+        contexts: [T, D]; position t reads row t-1, and zeros at t = 0. Not necessarily on the
+            model's device.
         tokens: int64 [T], on the model's device.
+        precision: of the products.
     """
 
-    def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor) -> None:
+    def __init__(
+        self, model: CVFP, contexts: Tensor, tokens: Tensor, precision: str = "float32"
+    ) -> None:
         self.model, self.contexts, self.tokens = model, contexts, tokens
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
-
-    def outputs(self, positions: Tensor, seen: Tensor) -> list[Tensor]:
-        """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock sees `seen`
-        [B, n·E]: [B, widths[i]] each."""
-        read = self.contexts[(positions - 1).clamp(min=0)] * (positions > 0)[:, None]
-        return self.model.context_block(read, seen)
-
-    def hidden(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
-        """h [B, E] at `positions`; `inputs` are what the TokenBlock reads."""
+        self.dtype = product_type(precision, self.context_inputs.table)
         with torch.no_grad():
-            seen = self.context_inputs.dense(positions)
-            outputs = self.outputs(positions, seen)
+            block = model.context_block
+            self.layers = block.layers(self.dtype)
+            self.weight = block.token_weight().to(self.dtype)
+            self.bias = block.token_bias().to(self.dtype)
+
+    def reads(self, positions: Tensor) -> Tensor:
+        """The contexts that `positions` read: [B, D], on the model's device."""
+        source = (positions - 1).clamp(min=0)
+        if self.contexts.device == positions.device:
+            rows = self.contexts.index_select(0, source)
+        else:
+            rows = self.contexts.index_select(0, source.to(self.contexts.device))
+            rows = rows.to(positions.device)
+        return rows.to(self.context_inputs.table.dtype).mul_((positions > 0)[:, None])
+
+    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
+        """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock reads `reads`
+        [B, D] and sees `seen` [B, n·E]: [B, widths[i]] each."""
+        share = torch.nn.functional.linear(seen.to(self.dtype), self.weight, self.bias)
+        made = self.model.context_block.step(reads, share, self.layers)
+        return [output.to(self.dtype) for output in made]
+
+    @torch.no_grad()
+    def fixed(self, positions: Tensor, reads: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """What training does not change: e [B, n·E] as the ContextBlock sees it, and its outputs.
+
+        Args:
+            reads: the contexts that `positions` read, if they are at hand.
+        """
+        seen = self.context_inputs.dense(positions)
+        reads = self.reads(positions) if reads is None else reads
+        return seen, self.outputs(positions, reads, seen)
+
+    def hidden(
+        self,
+        positions: Tensor,
+        inputs: TokenInputs,
+        fixed: tuple[Tensor, list[Tensor]] | None = None,
+    ) -> Tensor:
+        """h [B, E] at `positions`.
+
+        Args:
+            inputs: what the TokenBlock reads.
+            fixed: of `positions`, if it is at hand.
+        """
+        seen, outputs = fixed or self.fixed(positions)
         e = seen if self.model.context_table is None else inputs.dense(positions)
-        return self.model.token_block(outputs, e)
+        return self.model.token_block(outputs, e, self.dtype)
 
     def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
         """[B, V] at `positions`."""
@@ -91,36 +139,71 @@ class Positions:
         return TokenInputs(self.tokens, self.model.embedding, self.model.num_input_tokens)
 
 
-class FrozenHead:
-    """Cross-entropy through a head that is not trained, with its gradient by hand, on the CPU.
+class NextToken:
+    """Mean nats of the tokens that follow, through the model's head, with gradients by hand.
 
-    Softmax minus one-hot is the gradient of the logits, so one softmax serves loss and gradient;
-    and the two [B, V] buffers are kept, since fresh ones cost the CPU as much as the softmax.
+    Softmax minus one-hot is the gradient of the logits, so one softmax serves loss and gradient,
+    in the type of the products: float32 logits would be most of the memory that a step moves. The
+    two [B, V] buffers are kept, since fresh ones cost as much as the softmax.
+
+    A tied head that is not trained needs no logits at all on a CPU: softmax(h·Eᵀ)·E is attention
+    with h as queries and E as keys and values, and its kernel goes through E in the cache.
+
+    Args:
+        rows: most positions in a batch.
     """
 
-    def __init__(self, weight: Tensor, rows: int, precision: str) -> None:
-        self.weight = weight.to(torch.bfloat16 if precision == "bfloat16" else weight.dtype)
-        self.logits = self.weight.new_empty(rows, len(weight))
-        self.shares = torch.empty_like(self.logits)
+    def __init__(self, model: Predictor, rows: int, precision: str) -> None:
+        self.model, self.rows = model, rows
+        weight = model.embedding if model.head is None else model.head.weight
+        device = weight.device.type
+        self.dtype = product_type(precision, weight)
+        self.attends = device == "cpu" and not weight.requires_grad
+        tile = TILE[device] if self.dtype == torch.bfloat16 and not self.attends else 1
+        size = math.ceil(len(weight) / tile) * tile
+        # Weights as the product takes them. What fills the last tile has no share in a softmax.
+        self.weight: Tensor = torch.zeros(
+            size, weight.shape[1], dtype=self.dtype, device=weight.device
+        )
+        self.bias = None
+        if model.head is not None or size > len(weight):
+            self.bias = torch.zeros(size, dtype=self.dtype, device=weight.device)
+            self.bias[len(weight) :] = -math.inf
+        self.refresh()
+        self.logits = self.shares = self.weight.new_empty(0, 0)
+
+    def refresh(self) -> None:
+        """Take the weights as they are now."""
+        head = self.model.head
+        weight = self.model.embedding if head is None else head.weight
+        self.weight[: len(weight)].copy_(weight.detach())
+        if head is not None and self.bias is not None:
+            self.bias[: len(weight)].copy_(head.bias.detach())
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Mean nats of `target` [B], from h [B, E]; the graph reaches `hidden` only."""
-        return _FrozenHeadLoss.apply(hidden, target, self)
+        """Of `target` [B], from h [B, E]."""
+        if self.attends:
+            return _AttentionLoss.apply(hidden, target, self.weight)
+        head = self.model.head
+        weight, bias = (self.model.embedding, None) if head is None else (head.weight, head.bias)
+        if weight.requires_grad:
+            self.refresh()
+        if not len(self.logits):
+            self.logits = self.weight.new_empty(self.rows, len(self.weight))
+            self.shares = torch.empty_like(self.logits)
+        return _SoftmaxLoss.apply(hidden, weight, bias, target, self)
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
+class _AttentionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: FrozenHead) -> Tensor:
-        rows = len(hidden)
-        logits, shares = head.logits[:rows], head.shares[:rows]
-        with torch.autocast("cpu", enabled=False):
-            torch.mm(hidden.to(head.weight.dtype), head.weight.T, out=logits)
-            torch.softmax(logits, dim=1, out=shares)
-            right = shares.gather(1, target[:, None])
-            shares.scatter_add_(1, target[:, None], torch.full_like(right, -1.0))
-            ctx.save_for_backward((shares @ head.weight).to(hidden.dtype) / rows)
-        # A share too small for its type counts as the smallest there is.
-        return -right.float().clamp(min=torch.finfo(torch.float32).tiny).log().mean()
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        query, table = hidden.to(weight.dtype), weight[None, None]
+        # The public function keeps the log of the sum to itself.
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        expected, log_sum = attend(query[None, None], table, table, scale=1.0)
+        right = weight.index_select(0, target)
+        ctx.save_for_backward((expected[0, 0] - right).to(hidden.dtype).div_(len(hidden)))
+        return (log_sum.view(-1) - torch.linalg.vecdot(query.float(), right.float())).mean()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -128,25 +211,55 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-class NextToken:
-    """Mean nats of the tokens that follow, through the model's head.
+class _SoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        head: NextToken,
+    ) -> Tensor:
+        rows = len(hidden)
+        logits, shares = head.logits[:rows], head.shares[:rows]
+        with torch.autocast(hidden.device.type, enabled=False):
+            read = hidden.to(head.dtype)
+            if head.bias is None:
+                torch.mm(read, head.weight.T, out=logits)
+            else:
+                torch.addmm(head.bias, read, head.weight.T, out=logits)
+            torch.softmax(logits, dim=1, out=shares)
+        right = shares.gather(1, target[:, None])
+        shares.scatter_add_(1, target[:, None], torch.full_like(right, -1.0))
+        ctx.save_for_backward(hidden)
+        ctx.head, ctx.shares, ctx.vocab_size = head, shares, len(weight)
+        # A share too small for its type counts as the smallest there is.
+        return -right.float().clamp(min=torch.finfo(torch.float32).tiny).log().mean()
 
-    Args:
-        rows: most positions in a batch.
-    """
+    @staticmethod
+    def backward(
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (hidden,) = ctx.saved_tensors
+        head, shares = ctx.head, ctx.shares
+        scale = upstream / len(hidden)
+        for_weight = for_bias = None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for_hidden = (shares @ head.weight).to(hidden.dtype) * scale
+            if ctx.needs_input_grad[1]:
+                read = (hidden * scale).to(head.dtype)
+                for_weight = _float_product(shares.T, read)[: ctx.vocab_size].to(hidden.dtype)
+            if ctx.needs_input_grad[2]:
+                for_bias = shares.sum(0, dtype=hidden.dtype)[: ctx.vocab_size] * scale
+        return for_hidden, for_weight, for_bias, None, None
 
-    def __init__(self, model: Predictor, rows: int, precision: str) -> None:
-        self.model = model
-        weight = model.embedding
-        self.frozen = None
-        if model.head is None and not weight.requires_grad and weight.device.type == "cpu":
-            self.frozen = FrozenHead(weight.detach(), rows, precision)
 
-    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Of `target` [B], from h [B, E]."""
-        if self.frozen is not None:
-            return self.frozen.loss(hidden, target)
-        return F.cross_entropy(self.model.logits(hidden), target)
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b, not rounded to bfloat16 where that can be had for nothing."""
+    if a.dtype == torch.bfloat16 and a.device.type == "cuda" and MIXED_PRODUCT:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 @torch.no_grad()
@@ -162,9 +275,15 @@ def judge(model: Predictor, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) 
     batch = max(1, EVALUATION_LOGITS[tokens.device.type] // len(model.embedding))
     for positions in torch.arange(len(tokens) - 1, device=tokens.device).split(batch):
         logits = model.logits(hidden(positions))
-        target = tokens[positions + 1]
-        nats.append(F.cross_entropy(logits, target, reduction="none"))
-        correct.append(logits.argmax(dim=-1) == target)
+        target = tokens[positions + 1, None]
+        right = logits.gather(1, target)
+        others = logits.scatter_(1, target, -math.inf).amax(dim=1, keepdim=True)
+        correct.append((right > others).squeeze(1))
+        # Once the target's own logit is apart: log(Σ exp) − right, in place, since what
+        # cross_entropy allocates costs a CPU more than the sum does.
+        largest = torch.maximum(others, right)
+        rest = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        nats.append(((rest + (right - largest).exp()).log() + (largest - right)).squeeze(1))
     return Evaluation(torch.cat(nats).cpu().double(), torch.cat(correct).cpu())
 
 
@@ -179,8 +298,8 @@ def train(
     """Train TokenBlock, head and table (what of them is trainable) in place; keep the best epoch.
 
     Args:
-        train, validation: of the same model, on its device.
-        experiment: its `phase2` fields, and the precision of the products.
+        train, validation: of the same model.
+        experiment: its `phase2` fields, and the precision of the head's products.
         generator: on the CPU; draws the order of the tokens.
         report: called with each row of the history. tick: called with each batch's tokens.
 
@@ -198,11 +317,16 @@ def train(
             if experiment.phase2_shuffle
             else torch.arange(train.total)
         ).to(device)
-        for positions in order.split(size):
-            with autocast(experiment.precision, device):
-                hidden = train.hidden(positions, train.token_inputs())
-                loss = head.loss(hidden, train.tokens[positions + 1])
-            yield loss, len(positions)
+        chunks = order.split(size * max(1, CHUNK[device.type] // size))
+        loaded = memory.prefetched(chunks, train.reads, train.contexts.device != device)
+        for chunk, reads in zip(chunks, loaded, strict=True):
+            seen, outputs = train.fixed(chunk, reads)
+            targets = train.tokens[chunk + 1]
+            for first in range(0, len(chunk), size):
+                piece = slice(first, first + size)
+                fixed = seen[piece], [output[piece] for output in outputs]
+                hidden = train.hidden(chunk[piece], train.token_inputs(), fixed)
+                yield head.loss(hidden, targets[piece]), len(hidden)
 
     return fit(model, batches, lambda: evaluate(validation), experiment, report, tick)
 
@@ -229,14 +353,14 @@ def fit(
         FloatingPointError: the validation loss is not finite.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.Adam(trained.values(), lr=experiment.phase2_learning_rate, fused=True)
+    optimiser = Adam(trained.values(), experiment.phase2_learning_rate)
     best: Phase2 | None = None
     best_weights: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
     for epoch in range(1, experiment.phase2_epochs + 1):
         total, count = torch.zeros((), device=model.embedding.device), 0
         for loss, positions in batches():
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             loss.backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained.values(), clip)

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from safetensors import safe_open
@@ -23,10 +24,12 @@ from torch import Tensor
 from cvfp import cache
 from cvfp.config import Experiment
 
-PHASE1_CODE = ("data", "embeddings", "model", "phase1", "seeds", "contexts", "metrics")
+PHASE1_CODE = ("data", "embeddings", "model", "optimiser", "phase1", "seeds", "contexts", "metrics")
 RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment")
 
 MODEL_BYTES = 50_000_000
+# NumPy has no bfloat16: a file of contexts holds their bits.
+BITS = {2: np.uint16, 4: np.float32, 8: np.float64}
 # Phase 1's contexts are large and can be made again: the least recently used go first.
 PHASE1_BYTES = 8_000_000_000
 
@@ -86,33 +89,70 @@ def write_model(key: str, weights: dict[str, Tensor]) -> bool:
     return True
 
 
-def read_phase1(key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """A kept Phase 1: its tensors and its record, or None."""
-    path = cache.home() / "phase1" / f"{key}.safetensors"
-    if not path.exists():
+def read_phase1(key: str) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]] | None:
+    """A kept Phase 1: its weights, its contexts mapped from their file, its record; or None."""
+    path, rows = _phase1_paths(key)
+    if not (path.exists() and rows.exists()):
         return None
     with safe_open(path, "pt") as file:
         record: dict[str, Any] = json.loads(file.metadata()["record"])
-    os.utime(path)  # used now
-    return load_file(path), record
+    for one in (path, rows):
+        os.utime(one)  # used now
+    # Copy on write: what is done to the tensor is not done to the file.
+    bits = torch.from_numpy(np.load(rows, mmap_mode="c"))
+    return load_file(path), bits.view(getattr(torch, record["contexts_dtype"])), record
 
 
-def write_phase1(key: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    if sum(tensor.nbytes for tensor in tensors.values()) > PHASE1_BYTES:
+def write_phase1(
+    key: str, weights: dict[str, Tensor], contexts: Tensor, record: dict[str, Any]
+) -> None:
+    """Keep a Phase 1, if it is not larger than all that may be kept; the oldest go for it.
+
+    Contexts [T, D] are most of it. They are copied straight into a mapped file, without the
+    interpreter's lock, so that a thread can do it while Phase 2 trains.
+    """
+    if contexts.nbytes + sum(tensor.nbytes for tensor in weights.values()) > PHASE1_BYTES:
         return
-    path = cache.home() / "phase1" / f"{key}.safetensors"
-    _save(path, tensors, {"record": json.dumps(record, allow_nan=False)})
+    path, rows = _phase1_paths(key)
+    with cache.whole(rows) as temporary:
+        dtype = BITS[contexts.dtype.itemsize]
+        mapped = np.lib.format.open_memmap(temporary, "w+", dtype, tuple(contexts.shape))
+        _copy(contexts.view(torch.from_numpy(mapped).dtype), torch.from_numpy(mapped))
+        mapped.flush()
+        del mapped
+    name = str(contexts.dtype).removeprefix("torch.")
+    record = {**record, "contexts_dtype": name}
+    _save(path, weights, {"record": json.dumps(record, allow_nan=False)})
     kept = []
     for other in path.parent.glob("[!.]*.safetensors"):
+        pair = _phase1_paths(other.stem)
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            status = other.stat()
-            kept.append((status.st_mtime, status.st_size, other))
+            status = [one.stat() for one in pair]
+            kept.append((status[0].st_mtime, sum(one.st_size for one in status), pair))
     total = sum(size for _, size, _ in kept)
     for _, size, oldest in sorted(kept):
         if total <= PHASE1_BYTES:
             break
         total -= size
-        oldest.unlink(missing_ok=True)
+        for one in oldest:
+            one.unlink(missing_ok=True)
+
+
+def _phase1_paths(key: str) -> tuple[Path, Path]:
+    folder = cache.home() / "phase1"
+    return folder / f"{key}.safetensors", folder / f"{key}.npy"
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.device.type != "cuda":
+        target.copy_(source)
+        return
+    # Beside the kernels of the caller's stream, not after them.
+    side = torch.cuda.Stream(source.device)
+    side.wait_stream(torch.cuda.default_stream(source.device))
+    with torch.cuda.stream(side):
+        target.copy_(source)
+    side.synchronize()
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -116,9 +116,9 @@ def test_shuffled_contexts_are_those_of_other_positions() -> None:
     assert torch.equal(again.order, order)
     everywhere = torch.arange(T)
     seen = plain.context_inputs.dense(everywhere)
-    wanted = plain.outputs(everywhere, seen)
+    wanted = plain.outputs(everywhere, plain.reads(everywhere), seen)
     positions = torch.tensor([0, 7, T - 1])
-    for layer, mine in zip(wanted, mixed.outputs(positions, seen[positions]), strict=True):
+    for layer, mine in zip(wanted, mixed.fixed(positions)[1], strict=True):
         torch.testing.assert_close(mine, layer[order[positions]])
     # The tokens of the position itself are still its own.
     h = mixed.hidden(positions, mixed.token_inputs())
@@ -133,8 +133,7 @@ def test_window_holds_the_tokens_before_and_no_other() -> None:
     rows = F.layer_norm(table(), (E,))
     for t in (0, 1, 2, 3, 50):
         before = [rows[tokens[s]] if s >= 0 else torch.zeros(E) for s in range(t - 3, t)]
-        seen = window.context_inputs.dense(torch.tensor([t]))
-        for layer in window.outputs(torch.tensor([t]), seen):
+        for layer in window.fixed(torch.tensor([t]))[1]:
             torch.testing.assert_close(layer[0], torch.cat(before))
     assert model.context_widths == [3 * E] * one.num_layers
 

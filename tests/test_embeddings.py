@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cvfp
 from cvfp import Experiment, ParameterError, data, embeddings
 from cvfp.data import Data, Stream
 from cvfp.embeddings import BigramLM, bigram_counts, fit_bigram
@@ -235,3 +236,37 @@ def test_fit_is_the_same_twice_with_several_threads(monkeypatch: pytest.MonkeyPa
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(fit.table, fits[0].table) for fit in fits)
+
+
+def test_ppmi_equals_a_dense_decomposition() -> None:
+    vocab, dim = 30, 6
+    tokens = torch.randint(0, vocab - 2, (600,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.where(tokens % 3 == 0, tokens, tokens // 2)  # some pairs are frequent
+    stream = Stream(tokens, torch.tensor([0, 200, 450]))
+    counts = torch.zeros(vocab, vocab, dtype=torch.float64)
+    for low, high in ((0, 200), (200, 450), (450, 600)):
+        for i in range(low, high):
+            for j in range(max(low, i - 5), min(high, i + 6)):
+                if i != j:
+                    counts[tokens[i], tokens[j]] += 1 / abs(i - j)
+    margin = counts.sum(1)
+    chance = margin[:, None] * margin / counts.sum()
+    information = torch.where(counts > 0, torch.log(counts / chance), 0.0).clamp(min=0)
+    left, singular, _ = torch.linalg.svd(information)
+    rows = left[:, :dim] * singular[:dim].sqrt()
+    norm = rows.norm(dim=1, keepdim=True)
+    rows = torch.where(norm > 1e-9, rows / norm, 0.0) * embeddings.PPMI_NORM
+    made = embeddings.fit_ppmi(stream, vocab, dim).double()
+    assert torch.equal(made[margin == 0], torch.zeros(int((margin == 0).sum()), dim).double())
+    # Columns have no sign of their own: compare the rows' products.
+    torch.testing.assert_close(made @ made.T, rows @ rows.T, rtol=0, atol=2e-2)
+    assert torch.equal(embeddings.fit_ppmi(stream, vocab, dim).double(), made)
+
+
+def test_a_ppmi_table_is_found_again_and_runs(home: Path) -> None:
+    experiment = tiny_experiment(embedding="ppmi", weight_tying=False, phase2_epochs=1)
+    ran = cvfp.run(experiment)
+    assert ran.baselines["table"] is None
+    assert cvfp.run(experiment).from_store
+    with pytest.raises(ParameterError, match="embedding_dim: got 999; accepted: at most"):
+        cvfp.run(experiment.replace(embedding_dim=999))

@@ -261,7 +261,7 @@ def test_without_noise_nothing_is_due_to_noise(quiet: Case, noisy: Case) -> None
 
 def test_without_noise_the_other_causes_together_are_phase1(quiet: Case) -> None:
     draw = seeds.generator(quiet.experiment.seed, "phase1")
-    start = torch.empty_like(quiet.exact).normal_(0.0, phase1.INITIAL_STD, generator=draw)
+    start = seeds.normals(draw)(torch.empty_like(quiet.exact), phase1.INITIAL_STD)
     made = repeated(quiet, start, quiet.history, ring=True)
     torch.testing.assert_close(made, quiet.first.contexts, rtol=0, atol=1e-3)
 

@@ -123,3 +123,37 @@ def test_own_head_starts_at_zero_and_tied_head_is_the_table() -> None:
     torch.testing.assert_close(tied.logits(hidden), hidden @ table.T)
     assert tied.parameter_counts()["head"] == 0
     assert not tied.embedding.requires_grad
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_token_block_gradients(lead: tuple[int, ...], tokens: int) -> None:
+    """By hand against finite differences, contexts and inputs included."""
+    block = TokenBlock([3, 4], 6, 6 * tokens).double()
+    initialise(block, torch.Generator().manual_seed(0))
+    for norm in block.norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    contexts = [
+        torch.randn(*lead, width, dtype=torch.float64, requires_grad=True) for width in (3, 4)
+    ]
+    inputs = torch.randn(*lead, 6 * tokens, dtype=torch.float64, requires_grad=True)
+    parameters = list(block.parameters())
+
+    def apply(a: torch.Tensor, b: torch.Tensor, e: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return block([a, b], e)
+
+    assert torch.autograd.gradcheck(apply, (*contexts, inputs, *parameters))
+
+
+def test_token_block_in_bfloat16_is_near() -> None:
+    block = TokenBlock([32, 32], 16, 16)
+    initialise(block, torch.Generator().manual_seed(0))
+    contexts, inputs = [torch.randn(50, 32) for _ in range(2)], torch.randn(50, 16)
+    exact = torch.autograd.grad(block(contexts, inputs).square().sum(), [*block.parameters()])
+    made = block(contexts, inputs, torch.bfloat16)
+    assert made.dtype == torch.float32
+    near = torch.autograd.grad(made.square().sum(), [*block.parameters()])
+    torch.testing.assert_close(made, block(contexts, inputs), rtol=0, atol=0.05)
+    for mine, theirs in zip(near, exact, strict=True):
+        assert float((mine - theirs).norm()) < 0.05 * float(theirs.norm()) + 0.5

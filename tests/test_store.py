@@ -145,6 +145,7 @@ def test_code_of_every_module_that_makes_numbers_counts() -> None:
     assert modules - set(store.RUN_CODE) <= {
         "__init__",
         "cache",
+        "memory",
         "config",
         "gap",
         "progress",
@@ -291,22 +292,24 @@ def test_model_too_large_to_keep_is_told(home: Path, monkeypatch: pytest.MonkeyP
 
 
 def phase1_files(home: Path) -> set[str]:
-    return {path.stem for path in (home / "phase1").iterdir()}
+    found = {path.stem for path in (home / "phase1").iterdir()}
+    assert len(list((home / "phase1").iterdir())) == 2 * len(found)  # weights and contexts
+    return found
 
 
 def test_least_recently_used_phase1_goes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(key: str) -> None:
-        store.write_phase1(key, {"contexts": torch.zeros(250)}, {"name": key})
+        store.write_phase1(key, {"weight": torch.ones(3)}, torch.zeros(50, 5), {"name": key})
 
     for age, key in enumerate(("a", "b", "c")):
         write(key)
         # Long ago, a before b before c: clocks are too coarse to tell writes apart.
         os.utime(home / "phase1" / f"{key}.safetensors", (age, age))
-    size = (home / "phase1" / "a.safetensors").stat().st_size
+    size = sum((home / "phase1" / f"a.{end}").stat().st_size for end in ("safetensors", "npy"))
     monkeypatch.setattr(store, "PHASE1_BYTES", 3 * size)
     kept = store.read_phase1("a")
     assert kept is not None
-    assert kept[1] == {"name": "a"}
+    assert kept[2]["name"] == "a"
     write("d")
     assert phase1_files(home) == {"a", "c", "d"}
     assert store.read_phase1("b") is None
@@ -316,6 +319,44 @@ def test_least_recently_used_phase1_goes_first(home: Path, monkeypatch: pytest.M
     monkeypatch.setattr(store, "PHASE1_BYTES", 500)
     write("f")  # larger than all that may be kept: nothing goes for it
     assert phase1_files(home) == {"e"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_phase1_comes_back_as_it_was(dtype: torch.dtype, home: Path) -> None:
+    weights, contexts = {"weight": torch.randn(3)}, torch.randn(50, 5).to(dtype)
+    store.write_phase1("k", weights, contexts, {"name": "k"})
+    for _ in range(2):
+        kept = store.read_phase1("k")
+        assert kept is not None
+        assert torch.equal(kept[0]["weight"], weights["weight"])
+        assert torch.equal(kept[1], contexts)
+        assert kept[1].dtype == dtype
+        kept[1].zero_()  # of a copy: the file keeps what it has
+
+
+def test_phase1_is_kept_though_phase2_fails(
+    tiny: Experiment, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(phase2, "train", broken)
+        with pytest.raises(KeyboardInterrupt):
+            cvfp.run(tiny)
+    assert len(phase1_files(home)) == 1
+    assert cvfp.run(tiny).phase1_from_store
+
+
+def test_a_phase1_that_cannot_be_kept_is_told(
+    tiny: Experiment, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(store, "write_phase1", full)
+    with pytest.raises(OSError, match="no space left"):
+        cvfp.run(tiny)
 
 
 def test_broken_record_is_never_written(home: Path) -> None:
@@ -343,5 +384,6 @@ def test_baselines_are_measured_once_for_the_same_data(
     assert other.baselines["table"] is None
     assert other.baselines["kneser_ney"] == first.baselines["kneser_ney"]
     assert len(counted) == 2
+    # They belong to the data, and are not what a run that measures anew would measure.
     assert cvfp.run(tiny, reuse=False).baselines == first.baselines
-    assert len(counted) == 3
+    assert len(counted) == 2
