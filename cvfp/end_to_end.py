@@ -252,21 +252,25 @@ def train(
     if not model.embedding.requires_grad:
         frozen = TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
 
-    def batches() -> Iterator[tuple[Tensor, int]]:
+    state: State | None = None
+
+    def batches() -> Iterator[tuple[Tensor]]:
+        nonlocal state
         first = int(torch.randint(total - lanes * length + 1, (), generator=generator))
         starts = first + length * torch.arange(lanes, device=device)
-        state: State | None = None
+        state = None
         for begin in range(0, length, steps):
             along = torch.arange(begin, min(begin + steps, length), device=device)
-            positions = starts[:, None] + along
-            with autocast(experiment.precision, device):
-                inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
-                hidden, state = read(inputs, positions, state)
-                flat = positions.flatten()
-                loss = head.loss(hidden.flatten(0, 1), tokens[flat + 1])
-            yield loss, len(flat)
+            yield (starts[:, None] + along,)
 
-    return phase2.fit(model, batches, validate, experiment, report, tick, CLIP)
+    def loss(positions: Tensor) -> Tensor:
+        nonlocal state
+        with autocast(experiment.precision, device):
+            inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+            hidden, state = read(inputs, positions, state)
+            return head.loss(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
+
+    return phase2.fit(model, batches, loss, validate, experiment, report, tick, CLIP)
 
 
 def judge(model: CVFP, tokens: Tensor) -> Evaluation:

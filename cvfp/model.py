@@ -59,6 +59,24 @@ def product_type(precision: str, like: Tensor) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else like.dtype
 
 
+# torch 2.8 and later multiply bfloat16 matrices on a GPU into a float32 one.
+_MIXED_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def exact_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a·b in `dtype`, where possible not rounded to the type of a and b."""
+    if a.dtype != dtype and a.device.type == "cuda" and _MIXED_PRODUCT:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def exact_sum(rounded: Tensor, exact: Tensor) -> Tensor:
+    """Their sum in the type of `exact`."""
+    if rounded.device.type == "cpu" and rounded.dtype != exact.dtype:
+        return rounded.to(exact.dtype).add_(exact)  # a mixed sum takes three times as long
+    return rounded + exact
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products as exact as their type: no autocast, no TF32, whatever the caller has set."""
@@ -92,6 +110,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+class Linear(nn.Linear):
+    """nn.Linear that `initialise` draws: to draw twice takes longer than all else that is done to
+    make a model. Until then it is no number, and what forgets it fails."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, float("nan"))
 
 
 class TokenInputs:
@@ -181,11 +208,11 @@ class ContextBlock(nn.Module):
         reads = [context_dim, *self.widths[:-1]]
         self.sees_tokens = [token_input_all_layers or i == 0 for i in range(num_layers)]
         self.linears = nn.ModuleList(
-            nn.Linear(read + input_dim * sees, width)
+            Linear(read + input_dim * sees, width)
             for read, width, sees in zip(reads, self.widths, self.sees_tokens, strict=True)
         )
         self.residuals = nn.ModuleList(
-            nn.Identity() if read == width else nn.Linear(read, width)
+            nn.Identity() if read == width else Linear(read, width)
             for read, width in zip(reads, self.widths, strict=True)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
@@ -251,7 +278,7 @@ class ContextBlock(nn.Module):
             read = context.to(layer.weight.dtype)
             product = torch.addmm(bias, read, layer.weight)
             kept = context if layer.residual is None else F.linear(read, *layer.residual)
-            made = F.relu(product, inplace=True) + kept
+            made = exact_sum(F.relu(product, inplace=True), kept)
             context = layer.norm(made.to(layer.norm.weight.dtype))
             outputs.append(context)
         return outputs
@@ -272,8 +299,7 @@ class TokenBlock(nn.Module):
         self.embedding_dim = embedding_dim
         reads = [input_dim] + [embedding_dim] * (len(widths) - 1)
         self.linears = nn.ModuleList(
-            nn.Linear(width + read, embedding_dim)
-            for width, read in zip(widths, reads, strict=True)
+            Linear(width + read, embedding_dim) for width, read in zip(widths, reads, strict=True)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in widths)
 
@@ -320,7 +346,7 @@ class _TokenLayer(torch.autograd.Function):
             columns = weight.to(dtype)
             read = torch.cat([context.flatten(0, -2).to(dtype), hidden.to(dtype)], dim=1)
             active = torch.addmm(bias.to(dtype), read, columns.t()).relu_()
-            total = hidden[:, -len(weight) :] + active
+            total = exact_sum(active, hidden[:, -len(weight) :])
             out, mean, spread = torch.native_layer_norm(total, scale.shape, scale, shift, eps)
         ctx.save_for_backward(read, columns, active, total, mean, spread, scale, shift)
         ctx.context_shape, ctx.shape = context.shape, shape
@@ -343,13 +369,14 @@ class _TokenLayer(torch.autograd.Function):
                 [True, True, True],
             )
             for_product = torch.ops.aten.threshold_backward(for_total.to(dtype), active, 0.0)
-            for_weight = (for_product.t() @ read).to(exact)
-            for_bias = for_product.sum(0).to(exact)
+            for_weight = exact_product(for_product.t(), read, exact)
+            for_bias = for_product.sum(0, dtype=exact)
             for_context = for_hidden = None
             if ctx.needs_input_grad[0]:
-                for_context = (for_product @ columns[:, :width]).to(exact).view(ctx.context_shape)
+                for_context = exact_product(for_product, columns[:, :width], exact)
+                for_context = for_context.view(ctx.context_shape)
             if ctx.needs_input_grad[1]:
-                for_hidden = (for_product @ columns[:, width:]).to(exact)
+                for_hidden = exact_product(for_product, columns[:, width:], exact)
                 for_hidden[:, -len(columns) :] += for_total
                 for_hidden = for_hidden.view(*ctx.shape[:-1], -1)
         return for_context, for_hidden, for_weight, for_bias, for_scale, for_shift, None, None
@@ -368,7 +395,7 @@ class Predictor(nn.Module):
         super().__init__()
         vocab_size, width = table.shape
         self.embedding = nn.Parameter(table.clone(), requires_grad=not freeze_embedding)
-        self.head = None if weight_tying else nn.Linear(width, vocab_size)
+        self.head = None if weight_tying else Linear(width, vocab_size)
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)

@@ -14,18 +14,18 @@ from torch import Tensor
 from cvfp import memory
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
-from cvfp.model import CVFP, Predictor, TokenInputs, product_type
+from cvfp.model import CVFP, Predictor, TokenInputs, exact_product, product_type
 from cvfp.optimiser import Adam
 
 # Logits held at once when evaluating: in the cache on a CPU, enough to fill a GPU.
-EVALUATION_LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**24}
+EVALUATION_LOGITS = {"cpu": 2**21, "cuda": 2**27, "mps": 2**24}
 # Tokens that go through the frozen ContextBlock at once: a few batches, since small products cost a
 # CPU as much as larger ones.
 CHUNK = {"cpu": 2**13, "cuda": 2**14, "mps": 2**14}
+# Steps of training from which recording one pays.
+WORTH_RECORDING = 50
 # A GPU's matrix units work in tiles: in bfloat16 50,257 logits cost more than 50,304.
 TILE = {"cpu": 1, "cuda": 64, "mps": 1}
-# torch 2.8 and later multiply bfloat16 matrices into a float32 one.
-MIXED_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @dataclass
@@ -246,20 +246,13 @@ class _SoftmaxLoss(torch.autograd.Function):
         scale = upstream / len(hidden)
         for_weight = for_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for_hidden = (shares @ head.weight).to(hidden.dtype) * scale
+            for_hidden = exact_product(shares, head.weight, hidden.dtype).mul_(scale)
             if ctx.needs_input_grad[1]:
                 read = (hidden * scale).to(head.dtype)
-                for_weight = _float_product(shares.T, read)[: ctx.vocab_size].to(hidden.dtype)
+                for_weight = exact_product(shares.T, read, hidden.dtype)[: ctx.vocab_size]
             if ctx.needs_input_grad[2]:
                 for_bias = shares.sum(0, dtype=hidden.dtype)[: ctx.vocab_size] * scale
         return for_hidden, for_weight, for_bias, None, None
-
-
-def _float_product(a: Tensor, b: Tensor) -> Tensor:
-    """a·b, not rounded to bfloat16 where that can be had for nothing."""
-    if a.dtype == torch.bfloat16 and a.device.type == "cuda" and MIXED_PRODUCT:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
 
 
 @torch.no_grad()
@@ -311,7 +304,7 @@ def train(
     size = min(experiment.phase2_batch_size, train.total)
     head = NextToken(model, size, experiment.precision)
 
-    def batches() -> Iterator[tuple[Tensor, int]]:
+    def batches() -> Iterator[tuple[Tensor, ...]]:
         order = (
             torch.randperm(train.total, generator=generator)
             if experiment.phase2_shuffle
@@ -321,51 +314,114 @@ def train(
         loaded = memory.prefetched(chunks, train.reads, train.contexts.device != device)
         for chunk, reads in zip(chunks, loaded, strict=True):
             seen, outputs = train.fixed(chunk, reads)
-            targets = train.tokens[chunk + 1]
-            for first in range(0, len(chunk), size):
-                piece = slice(first, first + size)
-                fixed = seen[piece], [output[piece] for output in outputs]
-                hidden = train.hidden(chunk[piece], train.token_inputs(), fixed)
-                yield head.loss(hidden, targets[piece]), len(hidden)
+            whole = chunk, train.tokens[chunk + 1], seen, *outputs
+            yield from zip(*(part.split(size) for part in whole), strict=True)
 
-    return fit(model, batches, lambda: evaluate(validation), experiment, report, tick)
+    def loss(positions: Tensor, targets: Tensor, seen: Tensor, *outputs: Tensor) -> Tensor:
+        hidden = train.hidden(positions, train.token_inputs(), (seen, list(outputs)))
+        return head.loss(hidden, targets)
+
+    steps = experiment.phase2_epochs * (train.total // size)
+    return fit(
+        model,
+        batches,
+        loss,
+        lambda: evaluate(validation),
+        experiment,
+        report,
+        tick,
+        replayed=device.type == "cuda" and steps >= WORTH_RECORDING,
+    )
+
+
+class Replayed:
+    """A training step recorded as a CUDA graph, after a few that run as they are, and replayed:
+    launching its kernels one by one takes longer than they do.
+
+    Args:
+        step: takes tensors, whose shapes are those of the first call (others run as they are), and
+            returns one.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.calls = 0
+        self.inputs: list[Tensor] = []
+        self.shapes: list[torch.Size] = []
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        shapes = [one.shape for one in given]
+        self.calls += 1
+        if self.calls == 1:
+            self.shapes = shapes
+        if shapes != self.shapes:
+            return self.step(*given)
+        if self.calls <= self.WARM_UP:
+            side = torch.cuda.Stream()  # recording needs what was made on such a stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                made = self.step(*given)
+            torch.cuda.current_stream().wait_stream(side)
+            return made
+        if not self.inputs:
+            self.inputs = [one.clone() for one in given]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.step(*self.inputs)
+        for mine, one in zip(self.inputs, given, strict=True):
+            mine.copy_(one)
+        self.graph.replay()
+        return self.output
 
 
 def fit(
     model: Predictor,
-    batches: Callable[[], Iterable[tuple[Tensor, int]]],
+    batches: Callable[[], Iterable[tuple[Any, ...]]],
+    loss: Callable[..., Tensor],
     validate: Callable[[], Evaluation],
     experiment: Experiment,
     report: Callable[[dict[str, float]], None] = lambda row: None,
     tick: Callable[[int], None] = lambda tokens: None,
     clip: float | None = None,
+    replayed: bool = False,
 ) -> Phase2:
     """Train what of the model is trainable in place, by epochs; keep the best.
 
     Args:
-        batches: an epoch: mean loss and positions of each batch, made when it is asked for.
+        batches: an epoch's batches, tuples whose first is the positions.
+        loss: mean nats of a batch, given what is in its tuple.
         validate: evaluates the model as it is.
         experiment: `phase2_learning_rate`, `phase2_epochs`, `phase2_patience`.
         report: called with each row of the history. tick: called with each batch's positions.
         clip: largest gradient norm.
+        replayed: batches are tensors alone, and a step may be recorded.
 
     Raises:
         FloatingPointError: the validation loss is not finite.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = Adam(trained.values(), experiment.phase2_learning_rate)
+
+    def step(*batch: Any) -> Tensor:
+        nats = loss(*batch)
+        optimiser.zero_grad()
+        nats.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
+        optimiser.step()
+        return nats.detach()
+
+    move = Replayed(step) if replayed else step
     best: Phase2 | None = None
     best_weights: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
     for epoch in range(1, experiment.phase2_epochs + 1):
         total, count = torch.zeros((), device=model.embedding.device), 0
-        for loss, positions in batches():
-            optimiser.zero_grad()
-            loss.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-            optimiser.step()
-            total += loss.detach() * positions
+        for batch in batches():
+            positions = batch[0].numel()
+            total += positions * move(*batch)
             count += positions
             tick(positions)
         validation = validate()

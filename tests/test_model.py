@@ -74,6 +74,7 @@ def test_context_block_is_the_formula(layers: int, every: bool) -> None:
 def test_token_block_is_the_formula(n: int, every: bool) -> None:
     block = make_block(3, 12, n * 8, every)
     tokens = TokenBlock(block.widths, 8, n * 8).double()
+    initialise(tokens, torch.Generator().manual_seed(0))
     contexts = [torch.randn(4, w).double() for w in block.widths]
     inputs = torch.randn(4, n * 8).double()
     hidden = inputs
