@@ -38,7 +38,7 @@ from cvfp.model import CVFP
 
 LADDER = (50, 100, 200, 500)
 SLOPE_TOKENS = (100_000, 300_000, 1_000_000, 3_000_000)
-STEP_BY_STEP = 20_000  # tokens; its time is linear in them
+STEP_BY_STEP = 5_000  # tokens; its time is linear in them
 SETTINGS: dict[str, dict[str, Any]] = {
     "mini": dict(samples=200),
     # That of the published measurements: 6 x 768, V = 50,257, own head, stream order.
@@ -116,7 +116,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def model(self) -> CVFP:
-        return build_cvfp(self.exp, self.table.weight).to(self.device)
+        return build_cvfp(self.exp, self.table.weight.to(self.device))
 
     def turns(self, versions: dict[str, Callable[[], tuple[float, Any]]]) -> dict[str, list[Any]]:
         """Each version in turn, `repeats` times, after one turn that is not counted."""
@@ -247,7 +247,8 @@ class Bench:
         each = [experiment(self.setting, samples=samples) for samples in LADDER]
         for one in each:
             prepare(one)
-        totals, results = [], []
+        totals: list[float] = []
+        results: list[cvfp.Result] = []
         for turn in range(self.repeats + 1):
             seconds, results = self.timed(lambda: [cvfp.run(one, reuse=False) for one in each])
             if turn:

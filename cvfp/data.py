@@ -130,6 +130,14 @@ def load(experiment: Experiment) -> Data:
         ParameterError: a file, column, split or hub that is not there, a size that exceeds the
             corpus, a sample of fewer than two tokens.
     """
+    paths = [Path(name).expanduser() for name in (experiment.dataset, experiment.tokenizer)]
+    files = [tuple(signature(path)) for path in paths if path.exists()]
+    only = Experiment(**experiment.to_dict("data"))
+    return _load(only, cache.home(), tuple(files))
+
+
+@functools.lru_cache(maxsize=8)  # to read, hash and check megabytes again takes a tenth of a second
+def _load(experiment: Experiment, home: Path, files: tuple[Any, ...]) -> Data:
     corpus = load_corpus(experiment)
     tokenizer = load_tokenizer(experiment, corpus.fitting)
     train, validation, fitting = (

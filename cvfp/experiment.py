@@ -211,7 +211,7 @@ def column_docs() -> dict[str, str]:
 
 
 def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer) -> CVFP | Peer:
-    """The untrained model of an Experiment over `table` [V, E], on the CPU.
+    """The untrained model of an Experiment over `table` [V, E].
 
     Raises:
         ParameterError: a peer that cannot be matched to CVFP's size.
@@ -220,14 +220,16 @@ def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenize
         size = cvfp_size(experiment, table.shape[1])
         seed = seeds.generator(experiment.seed, "peer").initial_seed()
         return end_to_end.peer(experiment, table, size, seed)
-    return build_cvfp(experiment, table, tokenizer)
+    # Its largest parts, table and head, are made where they are used.
+    return build_cvfp(experiment, table.to(experiment.device), tokenizer)
 
 
 def build_cvfp(
     experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
 ) -> CVFP:
-    """The untrained CVFP of an Experiment over `table` [V, E], on the CPU."""
-    model = _blank(experiment, table, tokenizer)
+    """The untrained CVFP of an Experiment over `table` [V, E], on the table's device."""
+    with table.device:
+        model = _blank(experiment, table, tokenizer)
     initialise(model.context_block, seeds.generator(experiment.seed, "context_block"))
     initialise(model.token_block, seeds.generator(experiment.seed, "token_block"))
     if experiment.contexts == "window":

@@ -39,7 +39,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _draw(parameter: Tensor, std: float, generator: torch.Generator) -> None:
-    drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+    drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
     with torch.no_grad():
         parameter.copy_(drawn)
 
@@ -235,6 +235,15 @@ class ContextBlock(nn.Module):
         """The biases of those Linears: [Σ]. They travel with the tokens' share."""
         layers = zip(self._linears(), self.sees_tokens, strict=True)
         return torch.cat([linear.bias for linear, sees in layers if sees])
+
+    def token_columns(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+        """The same layer by layer, in `dtype`: columns, transposed [n·E, width], and bias."""
+        return [
+            (linear.weight[:, -self.input_dim :].t().to(dtype), linear.bias.to(dtype))
+            if sees
+            else None
+            for linear, sees in zip(self._linears(), self.sees_tokens, strict=True)
+        ]
 
     def _linears(self) -> Iterable[nn.Linear]:
         return cast(Iterable[nn.Linear], self.linears)

@@ -110,30 +110,34 @@ def group_loss(
 class Step:
     """One application of a ContextBlock, as `ContextBlock.step`, with its gradients by hand.
 
-    Autograd would keep more, cast more and add up more; in the time of an iteration that is a
-    third.
+    Autograd would keep more, cast more and add up more: a third of an iteration's time.
+
+    Args:
+        layers, columns: of the block, in the type of the products; `columns` are what multiplies
+            the tokens, [n·E, width], and their bias, None where a layer does not see them.
 
     Attributes:
         made: the new contexts [B, D].
     """
 
     def __init__(
-        self, block: ContextBlock, layers: list[ContextLayer], context: Tensor, inputs: Tensor
+        self,
+        block: ContextBlock,
+        layers: Sequence[ContextLayer],
+        columns: Sequence[tuple[Tensor, Tensor] | None],
+        context: Tensor,
+        inputs: Tensor,
     ) -> None:
         self.block, self.layers, self.inputs = block, layers, inputs
-        self.share = block.share(inputs)
-        self.columns = dict(
-            zip(
-                [i for i, sees in enumerate(block.sees_tokens) if sees],
-                self.share.split([width for width in block.share_widths if width], dim=1),
-                strict=True,
-            )
-        )
         self.kept = []
-        for i, layer in enumerate(layers):
+        for layer, tokens in zip(layers, columns, strict=True):
             read = context.to(layer.weight.dtype)
-            bias = self.columns[i] if layer.bias is None else layer.bias
-            active = torch.addmm(bias, read, layer.weight).relu_()
+            if tokens is not None:
+                product = torch.addmm(tokens[1], inputs, tokens[0]).addmm_(read, layer.weight)
+            else:
+                assert layer.bias is not None
+                product = torch.addmm(layer.bias, read, layer.weight)
+            active = product.relu_()
             residual = context if layer.residual is None else F.linear(read, *layer.residual)
             total = exact_sum(active, residual).to(context.dtype)
             norm = layer.norm
@@ -146,7 +150,6 @@ class Step:
     def backward(self, gradient: Tensor) -> None:
         """Add the gradients of the parameters, given that of `made`, to what they have."""
         exact, block = gradient.dtype, self.block
-        # The tokens' shares have done their work: their place is taken by their gradients.
         for i in reversed(range(len(self.layers))):
             layer, (read, active, total, moments) = self.layers[i], self.kept.pop()
             norm, linear, width = layer.norm, block.linears[i], read.shape[1]
@@ -159,14 +162,16 @@ class Step:
                 norm.bias,
                 [True, True, True],
             )
-            rounded = for_total.to(read.dtype)
-            into = self.columns.get(i, active)
-            torch.ops.aten.threshold_backward(rounded, active, 0.0, grad_input=into)
             _add(norm.weight, for_norm[0])
             _add(norm.bias, for_norm[1])
+            rounded = for_total.to(read.dtype)
+            # What was active has done its work: its place is taken by the product's gradient.
+            into = torch.ops.aten.threshold_backward(rounded, active, 0.0, grad_input=active)
             _add(linear.weight, exact_product(into.t(), read, exact), slice(0, width))
-            if layer.bias is not None:
-                _add(linear.bias, into.sum(0, dtype=exact))
+            _add(linear.bias, into.sum(0, dtype=exact))
+            if layer.bias is None:
+                more = exact_product(into.t(), self.inputs, exact)
+                _add(linear.weight, more, slice(width, None))
             if layer.residual is not None:
                 residual = block.residuals[i]
                 _add(residual.weight, exact_product(rounded.t(), read, exact))
@@ -177,14 +182,6 @@ class Step:
                     gradient += for_total
                 else:
                     gradient += exact_product(rounded, layer.residual[0], exact)
-        for_weights = exact_product(self.share.t(), self.inputs, exact)
-        for_biases = self.share.sum(0, dtype=exact)
-        first = 0
-        for i, columns in self.columns.items():
-            last, linear = first + columns.shape[1], block.linears[i]
-            _add(linear.weight, for_weights[first:last], slice(-self.inputs.shape[1], None))
-            _add(linear.bias, for_biases[first:last])
-            first = last
 
 
 def _add(parameter: Any, gradient: Tensor, columns: slice = slice(None)) -> None:
@@ -234,7 +231,7 @@ def train(
         losses = torch.zeros(2, device=device)
         for parameter in block.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        layers = block.layers(dtype)
+        layers, columns = block.layers(dtype), block.token_columns(dtype)
         # Token t reads the context of t-1; token 0 that of the last (a ring). The new contexts
         # take the old ones' place, pass by pass: `last` is what the next pass has to read first.
         last = contexts[-1:].to(device, copy=True)
@@ -245,7 +242,7 @@ def train(
             shape = (-1, min(size, len(read)), width)
             for group in jitter.view(shape):  # the draws are the same however groups are passed
                 draw(group, experiment.phase1_noise)
-            step = Step(block, layers, read.add_(jitter), inputs.dense(part))
+            step = Step(block, layers, columns, read.add_(jitter), inputs.dense(part))
             grouped = step.made.view(shape), previous.view(shape)
             each, diversity, changed, gradient = group_loss(*grouped, experiment.dist_reg_weight)
             losses += torch.stack([each.sum(), diversity.sum()]) / groups

@@ -40,7 +40,7 @@ def normals(generator: torch.Generator) -> Callable[[Tensor, float], Tensor]:
     """
     if generator.device.type != "cpu":
         return lambda out, std: out.normal_(0.0, std, generator=generator)
-    bits = np.random.SFC64(int(torch.randint(2**63 - 1, (), generator=generator)))
+    bits = np.random.SFC64(int(torch.randint(2**63 - 1, (), generator=generator, device="cpu")))
 
     def fill(out: Tensor, std: float) -> Tensor:
         words = bits.random_raw((out.numel() + 1) // 2).view(np.int32)[: out.numel()]

@@ -30,6 +30,7 @@ RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "expe
 MODEL_BYTES = 50_000_000
 # NumPy has no bfloat16: a file of contexts holds their bits.
 BITS = {2: np.uint16, 4: np.float32, 8: np.float64}
+STAGED = 2**24  # bytes of pinned memory
 # Phase 1's contexts are large and can be made again: the least recently used go first.
 PHASE1_BYTES = 8_000_000_000
 
@@ -147,12 +148,17 @@ def _copy(source: Tensor, target: Tensor) -> None:
     if source.device.type != "cuda":
         target.copy_(source)
         return
-    # Beside the kernels of the caller's stream, not after them.
+    # Beside the kernels of the caller's stream, not after them; and by way of pinned memory, since
+    # a copy to other memory keeps all threads from launching any.
     side = torch.cuda.Stream(source.device)
     side.wait_stream(torch.cuda.default_stream(source.device))
-    with torch.cuda.stream(side):
-        target.copy_(source)
-    side.synchronize()
+    rows = max(1, STAGED // (source.nbytes // len(source)))
+    staged = torch.empty_like(source[:rows], device="cpu", pin_memory=True)
+    for part, there in zip(source.split(rows), target.split(rows), strict=True):
+        with torch.cuda.stream(side):
+            staged[: len(part)].copy_(part, non_blocking=True)
+        side.synchronize()
+        there.copy_(staged[: len(part)])
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
