@@ -578,7 +578,8 @@ def _phase1(
         )
     record = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "contexts"}
     record = {"phase1": record, "seconds": watch.seconds["phase1"]}
-    weights = {name: tensor.clone() for name, tensor in model.context_block.state_dict().items()}
+    block = model.context_block.state_dict()
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in block.items()}
     background.submit(store.write_phase1, key, weights, made.contexts, record)
     return made, False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -23,6 +24,10 @@ from cvfp.config import ParameterError
 PLACES = ("device", "host", "disk")
 # The part of the free memory that the rows may take: the rest is for training.
 DEVICE_PART, HOST_PART = 0.75, 0.6
+
+# Held by a thread that works on the device beside training, and while a graph is recorded, which
+# other threads' work would spoil.
+DEVICE = threading.Lock()
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")

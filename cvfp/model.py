@@ -70,6 +70,15 @@ def exact_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total` + a·b in the place and the type of `total`."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if total.device.type == "cuda" and _MIXED_PRODUCT:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_((a @ b).to(total.dtype))
+
+
 def exact_sum(rounded: Tensor, exact: Tensor) -> Tensor:
     """Their sum in the type of `exact`."""
     if rounded.device.type == "cpu" and rounded.dtype != exact.dtype:

@@ -23,6 +23,7 @@ from cvfp.model import (
     ContextBlock,
     ContextLayer,
     TokenInputs,
+    add_product,
     exact_product,
     exact_sum,
     product_type,
@@ -33,7 +34,7 @@ INITIAL_STD = 0.01
 QUANTILES = (0.1, 0.5, 0.9)
 # Numbers of [tokens, D] that go through the block at once, in whole groups: near the cache on a
 # CPU, enough to fill a GPU.
-PASS = {"cpu": 2**20, "cuda": 2**25, "mps": 2**24}
+PASS = {"cpu": 2**20, "cuda": 2**26, "mps": 2**24}
 # Note 004's rules for giving up: judged once, at this iteration.
 ABORT_ITERATION = 20
 ABORT_SINCE = 15
@@ -177,11 +178,11 @@ class Step:
                 _add(residual.weight, exact_product(rounded.t(), read, exact))
                 _add(residual.bias, rounded.sum(0, dtype=exact))
             if i:
-                gradient = exact_product(into, layer.weight.t(), exact)
                 if layer.residual is None:
-                    gradient += for_total
+                    gradient = for_total
                 else:
-                    gradient += exact_product(rounded, layer.residual[0], exact)
+                    gradient = exact_product(rounded, layer.residual[0], exact)
+                gradient = add_product(gradient, into, layer.weight.t())
 
 
 def _add(parameter: Any, gradient: Tensor, columns: slice = slice(None)) -> None:

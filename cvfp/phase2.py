@@ -368,7 +368,7 @@ class Replayed:
         if not self.inputs:
             self.inputs = [one.clone() for one in given]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with memory.DEVICE, torch.cuda.graph(self.graph):
                 self.output = self.step(*self.inputs)
         for mine, one in zip(self.inputs, given, strict=True):
             mine.copy_(one)

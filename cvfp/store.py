@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cvfp import cache
+from cvfp import cache, memory
 from cvfp.config import Experiment
 
 PHASE1_CODE = ("data", "embeddings", "model", "optimiser", "phase1", "seeds", "contexts", "metrics")
@@ -150,14 +150,15 @@ def _copy(source: Tensor, target: Tensor) -> None:
         return
     # Beside the kernels of the caller's stream, not after them; and by way of pinned memory, since
     # a copy to other memory keeps all threads from launching any.
-    side = torch.cuda.Stream(source.device)
-    side.wait_stream(torch.cuda.default_stream(source.device))
     rows = max(1, STAGED // (source.nbytes // len(source)))
-    staged = torch.empty_like(source[:rows], device="cpu", pin_memory=True)
+    with memory.DEVICE:
+        side = torch.cuda.Stream(source.device)
+        side.wait_stream(torch.cuda.default_stream(source.device))
+        staged = torch.empty_like(source[:rows], device="cpu", pin_memory=True)
     for part, there in zip(source.split(rows), target.split(rows), strict=True):
-        with torch.cuda.stream(side):
+        with memory.DEVICE, torch.cuda.stream(side):
             staged[: len(part)].copy_(part, non_blocking=True)
-        side.synchronize()
+            side.synchronize()
         there.copy_(staged[: len(part)])
 
 
