@@ -94,7 +94,8 @@ def run(found: dict[str, Any]) -> str:
     device = one["peak_device_memory_mib"]
     lines = [
         "A whole run with data and table cached, storing included: "
-        f"**{seconds(one['seconds'])} s** in a warm process ({parts}); the first of a process {_short(one['first_seconds'])} s. "
+        f"**{seconds(one['seconds'])} s** in a warm process ({parts}); the first "
+        f"of a process {_short(one['first_seconds'])} s. "
         f"{one['train_tokens']:,} training and {one['val_tokens']:,} validation tokens, "
         f"{one['epochs']} epochs, perplexity {one['val_ppl']:.2f}. Peak memory "
         f"{one['peak_memory_mib'] / 1024:.1f} GiB"
@@ -162,7 +163,7 @@ def slope(found: dict[str, Any]) -> str:
         + ", ".join(said)
         + f". Peak {'device ' if 'device' in memory else ''}memory grows by {per_token:,.0f} bytes "
         f"a token from {base / 2**30:.2f} GiB. The stream of the run above is repeated to reach "
-        "these lengths; three iterations, one epoch."
+        "these lengths; the mean of two iterations, one epoch with its recording and validation."
     )
 
 

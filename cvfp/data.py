@@ -420,13 +420,32 @@ def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
         assert experiment.vocab_size is not None
         return fit_bpe(fitting, experiment.vocab_size)
 
-    tokenizer = pretrained("tokenizer", experiment.tokenizer, _from_transformers)
+    name, path = experiment.tokenizer, Path(experiment.tokenizer).expanduser()
+    tokenizer = _local_tokenizer(name, path) if path.exists() else _pretrained_tokenizer(name)
     if tokenizer is None:
         raise ParameterError("tokenizer", experiment.tokenizer, "one with a fast implementation")
     if experiment.vocab_size not in (None, tokenizer.vocab_size):
         accepted = f"None, or {tokenizer.vocab_size} with tokenizer {experiment.tokenizer!r}"
         raise ParameterError("vocab_size", experiment.vocab_size, accepted)
     return tokenizer
+
+
+def _pretrained_tokenizer(name: str) -> Tokenizer | None:
+    return pretrained("tokenizer", name, _from_transformers)
+
+
+def _local_tokenizer(name: str, path: Path) -> Tokenizer | None:
+    """A tokeniser of a folder, kept as `tokenizers` reads it: importing transformers takes longer
+    than all else that stands before training."""
+    key = cache.digest(signature(path), cache.code_fingerprint("data"), tokenizers.__version__)
+    kept = cache.home() / "tokenizers" / f"{key}.json"
+    if not kept.exists():
+        made = _pretrained_tokenizer(name)
+        if made is None:
+            return None
+        with cache.whole(kept) as temporary:
+            made.backend.save(str(temporary))
+    return _tokenizer_from_json(kept.read_text(encoding="utf-8"))
 
 
 def _from_transformers(name: str, local: bool) -> Tokenizer | None:

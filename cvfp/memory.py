@@ -73,6 +73,13 @@ def _free_on(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def pass_bytes(device: torch.device) -> int:
+    """Bytes that one pass of training may take: an eighth of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return psutil.virtual_memory().total // 8
+
+
 def ahead(
     source: Tensor, pieces: Sequence[slice], device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:

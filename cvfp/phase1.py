@@ -216,14 +216,17 @@ def train(
     draw = seeds.normals(generator)
     total, width = len(inputs), block.context_dim
     size = min(experiment.loss_group, total)
-    whole = max(1, PASS[device.type] // (size * width)) * size
+    # What a number costs: read, active and total of every layer, and half a dozen besides.
+    most = memory.pass_bytes(device) // (8 * len(block.linears) + 24)
+    whole = max(1, min(PASS[device.type], most) // (size * width)) * size
     end = total - total % size
     passes = [slice(i, min(i + whole, end)) for i in range(0, end, whole)]
     passes += [slice(end, total)] if end < total else []  # the last group is smaller
     groups = math.ceil(total / size)
     contexts = memory.rows(total, width, dtype, device)
     for part in passes:
-        contexts[part] = draw(contexts[part].to(device, exact), INITIAL_STD)
+        fresh = torch.empty(part.stop - part.start, width, dtype=exact, device=device)
+        contexts[part] = draw(fresh, INITIAL_STD)
     inputs = inputs.to(dtype)
     optimiser = Adam(block.parameters(), experiment.phase1_learning_rate)
     result = Phase1(contexts, 1, 0.0)

@@ -117,9 +117,9 @@ def write_phase1(
     path, rows = _phase1_paths(key)
     with cache.whole(rows) as temporary:
         dtype = BITS[contexts.dtype.itemsize]
+        # Not flushed to the disk, which would hold the interpreter's lock: the system does it.
         mapped = np.lib.format.open_memmap(temporary, "w+", dtype, tuple(contexts.shape))
         _copy(contexts.view(torch.from_numpy(mapped).dtype), torch.from_numpy(mapped))
-        mapped.flush()
         del mapped
     name = str(contexts.dtype).removeprefix("torch.")
     record = {**record, "contexts_dtype": name}
