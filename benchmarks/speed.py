@@ -500,7 +500,7 @@ def main() -> None:
     parser.add_argument("--parts", default="stages,run,ladder,slope,start")
     parser.add_argument("--against", type=Path)
     given = parser.parse_args()
-    parts = given.parts.split(",")
+    parts = [part for part in given.parts.split(",") if part]
     os.environ["CVFP_PROGRESS"] = "none"
     found = json.loads(given.file.read_text()) if given.file.exists() else {}
     bench = Bench(given.setting, given.repeats)
