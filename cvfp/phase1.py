@@ -251,7 +251,7 @@ def train(
             each, diversity, changed, gradient = group_loss(*grouped, experiment.dist_reg_weight)
             losses += torch.stack([each.sum(), diversity.sum()]) / groups
             change[part] = changed.flatten()
-            contexts[part] = step.made
+            contexts[part] = step.made.to(dtype)  # a copy to the host would convert there
             step.backward(gradient.div_(groups).view(step.made.shape))
         torch.nn.utils.clip_grad_norm_(block.parameters(), experiment.phase1_gradient_clip)
         optimiser.step()
