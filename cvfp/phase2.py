@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -334,6 +335,12 @@ def train(
     )
 
 
+@functools.cache
+def _beside() -> torch.cuda.Stream:
+    """One stream for all recordings: each that multiplies matrices keeps memory for it."""
+    return torch.cuda.Stream()
+
+
 class Replayed:
     """A training step recorded as a CUDA graph, after a few that run as they are, and replayed:
     launching its kernels one by one takes longer than they do.
@@ -359,7 +366,7 @@ class Replayed:
         if shapes != self.shapes:
             return self.step(*given)
         if self.calls <= self.WARM_UP:
-            side = torch.cuda.Stream()  # recording needs what was made on such a stream
+            side = _beside()  # recording needs what was made on another stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 made = self.step(*given)
