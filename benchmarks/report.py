@@ -235,12 +235,13 @@ NOTES = """## Ten million tokens
 Contexts are the only thing that grows with the stream and the width: in bfloat16 10 M tokens at
 D = 768 are 10^7 x 768 x 2 bytes = 15.4 GB. Phase 1 replaces them in place, so there is one copy. A
 GPU of 24 GB holds them beside 80 MB of tokens, 40 MB of changes, the model (6 x 768, V = 50,257,
-own head: 0.1 G parameters with gradients and Adam's moments, 1 GB), one pass of Phase 1 (40,000
-tokens: 2.6 GB) or the logits of one batch of Phase 2 (2 x 0.4 GB). The host then holds the tokens
-alone. Where the device has no room for the contexts they are kept in pinned host memory, and where
-that has none in a file mapped into memory, whose pages the system takes back as it needs them: 16
-GB of host memory suffice (`CVFP_CONTEXTS=host` or `disk` forces either). Batches are read ahead by
-a thread. A Phase 1 of more than 8 GB is not kept in the store."""
+own head: 0.1 G parameters with gradients and Adam's moments, 1 GB), one pass of Phase 1 (an eighth
+of the device's memory, 3 GB) or Phase 2's logits (0.8 GB for a batch, 1.1 GB for validation): 20 GB
+in all. The host then holds the tokens alone. Where the device has no room for the contexts they are
+kept in pinned host memory, and where that has none in a file mapped into memory, whose pages the
+system takes back as it needs them: 16 GB of host memory suffice (`CVFP_CONTEXTS=host` or `disk`
+forces either). Batches are read ahead by a thread. A Phase 1 of more than 8 GB is not kept in the
+store. Ten million tokens were not run: three were, above."""
 
 
 if __name__ == "__main__":

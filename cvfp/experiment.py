@@ -421,7 +421,7 @@ def _two_phases(
                 train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
             else:
                 train_contexts = learned.first.contexts
-            learned.train_spectrum = metrics.singular_values(train_contexts)
+            learned.train_spectrum = metrics.singular_values(train_contexts, device)
     if learned.first is not None and learned.first.aborted is not None:
         return learned
     with _phase2_stage(experiment, data, watch) as (report, tick):

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 
-def singular_values(contexts: Tensor) -> Tensor:
+def singular_values(contexts: Tensor, device: str | torch.device | None = None) -> Tensor:
     """Uncentred singular values of [T, D], float64, descending, at most min(T, D) of them.
 
     From the D x D Gram matrix in float64: its eigenvalues' roots. Faster than an SVD and uses
     every token; values under 1e-8 of the largest are lost in rounding.
+
+    Args:
+        device: where to compute; None: where the contexts are.
     """
-    device = contexts.device if contexts.device.type != "mps" else torch.device("cpu")
+    device = torch.device(device or contexts.device)
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
     width = contexts.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     for chunk in contexts.split(65_536):
