@@ -26,7 +26,8 @@ def test_effective_rank_equals_an_svd() -> None:
 
 @pytest.mark.parametrize(("rank", "total"), [(1, 50), (3, 50), (8, 50), (2, 2)])
 def test_effective_rank_of_equal_directions_is_their_number(rank: int, total: int) -> None:
-    directions = torch.linalg.qr(torch.randn(8, 8).double()).Q[:rank]
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, 8, generator=generator).double()).Q[:rank]
     contexts = directions.repeat(math.ceil(total / rank), 1)[: total // rank * rank]
     assert metrics.effective_rank(metrics.singular_values(contexts)) == pytest.approx(
         rank, rel=1e-6
