@@ -297,6 +297,7 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         FloatingPointError: training diverged, or the exact contexts did not converge.
     """
     experiment = experiment.resolved()
+    memory.asked_place()  # raises now, not after a table has been fitted
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, table.fingerprint

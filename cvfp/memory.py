@@ -54,12 +54,22 @@ def rows(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Te
     return flat.view(total, width)
 
 
+def asked_place() -> str | None:
+    """What `CVFP_CONTEXTS` asks for; None: nothing.
+
+    Raises:
+        ParameterError: it names no place.
+    """
+    asked = os.environ.get("CVFP_CONTEXTS", "auto")
+    if asked not in ("auto", *PLACES):
+        raise ParameterError("CVFP_CONTEXTS", asked, "auto, device, host or disk")
+    return None if asked == "auto" else asked
+
+
 def place(size: int, device: torch.device) -> str:
     """One of `PLACES` for `size` bytes that a model on `device` reads."""
-    asked = os.environ.get("CVFP_CONTEXTS", "auto")
-    if asked != "auto":
-        if asked not in PLACES:
-            raise ParameterError("CVFP_CONTEXTS", asked, "auto, device, host or disk")
+    asked = asked_place()
+    if asked is not None:
         return asked
     if device.type == "cuda" and size <= DEVICE_PART * _free_on(device):
         return "device"

@@ -327,7 +327,7 @@ class TokenBlock(nn.Module):
         """c^(i) [B, widths[i]] each, e [B, n·E] -> h [B, E].
 
         Args:
-            dtype: that the products are taken in; None: that of the weights.
+            dtype: that the products are taken in; None: autocast's, or that of the weights.
         """
         hidden = inputs
         parts = zip(self.linears, self.norms, strict=True)
@@ -357,7 +357,10 @@ class _TokenLayer(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        dtype = dtype or weight.dtype
+        if dtype is None:  # what a caller's autocast asks for, if there is one
+            device = hidden.device.type
+            mixed = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if mixed else weight.dtype
         shape = (*hidden.shape[:-1], len(weight))
         hidden = hidden.flatten(0, -2)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -202,7 +202,7 @@ def train(
 
     Args:
         inputs: e_t for T positions.
-        experiment: its `phase1` fields, and the precision of the products; contexts are float32.
+        experiment: its `phase1` fields, and the precision of the products and of the contexts.
         generator: on the device of the block; draws the initial contexts and the noise.
         report: called with each row of the history.
         probe: called once, after iteration 20 if there is one; what it returns joins that row.

@@ -159,7 +159,7 @@ class NextToken:
         weight = model.embedding if model.head is None else model.head.weight
         device = weight.device.type
         self.dtype = product_type(precision, weight)
-        self.attends = device == "cpu" and not weight.requires_grad
+        self.attends = device == "cpu" and model.head is None and not weight.requires_grad
         tile = TILE[device] if self.dtype == torch.bfloat16 and not self.attends else 1
         size = math.ceil(len(weight) / tile) * tile
         # Weights as the product takes them. What fills the last tile has no share in a softmax.
@@ -204,7 +204,8 @@ class _AttentionLoss(torch.autograd.Function):
         expected, log_sum = attend(query[None, None], table, table, scale=1.0)
         right = weight.index_select(0, target)
         ctx.save_for_backward((expected[0, 0] - right).to(hidden.dtype).div_(len(hidden)))
-        return (log_sum.view(-1) - torch.linalg.vecdot(query.float(), right.float())).mean()
+        chosen = torch.linalg.vecdot(query.to(hidden.dtype), right.to(hidden.dtype))
+        return (log_sum.view(-1) - chosen).mean()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:

@@ -125,11 +125,12 @@ def write_phase1(
     record = {**record, "contexts_dtype": name}
     _save(path, weights, {"record": json.dumps(record, allow_nan=False)})
     kept = []
-    for other in path.parent.glob("[!.]*.safetensors"):
-        pair = _phase1_paths(other.stem)
+    for stem in {other.stem for other in path.parent.glob("[!.]*")}:  # halves, too
+        pair = _phase1_paths(stem)
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            status = [one.stat() for one in pair]
-            kept.append((status[0].st_mtime, sum(one.st_size for one in status), pair))
+            status = [one.stat() for one in pair if one.exists()]
+            used = max((one.st_mtime for one in status), default=0.0)
+            kept.append((used, sum(one.st_size for one in status), pair))
     total = sum(size for _, size, _ in kept)
     for _, size, oldest in sorted(kept):
         if total <= PHASE1_BYTES:

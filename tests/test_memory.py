@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+import cvfp
 from cvfp import ParameterError, memory, seeds
 
 CPU = torch.device("cpu")
@@ -36,6 +37,15 @@ def test_place_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CVFP_CONTEXTS", "tape")
     with pytest.raises(ParameterError, match="CVFP_CONTEXTS: got 'tape'; accepted: auto, device"):
         memory.rows(2, 2, torch.float32, CPU)
+
+
+def test_a_wrong_place_is_told_before_anything_is_made(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CVFP_CONTEXTS", "tape")
+    with pytest.raises(ParameterError, match="CVFP_CONTEXTS"):
+        cvfp.run(cvfp.Experiment(device="cpu"))
+    assert not (home / "tables").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

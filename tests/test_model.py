@@ -148,13 +148,27 @@ def test_token_block_gradients(lead: tuple[int, ...], tokens: int) -> None:
 
 
 def test_token_block_in_bfloat16_is_near() -> None:
+    draws = torch.Generator().manual_seed(0)
+    block = TokenBlock([32, 32], 16, 16)
+    initialise(block, draws)
+    contexts = [torch.randn(50, 32, generator=draws) for _ in range(2)]
+    inputs, toward = (torch.randn(50, 16, generator=draws) for _ in range(2))
+    # A direction of its own for each token: the norm of what a LayerNorm gives has no gradient.
+    exact = torch.autograd.grad((block(contexts, inputs) * toward).sum(), [*block.parameters()])
+    made = block(contexts, inputs, torch.bfloat16)
+    assert made.dtype == torch.float32
+    assert not torch.equal(made, block(contexts, inputs))
+    near = torch.autograd.grad((made * toward).sum(), [*block.parameters()])
+    torch.testing.assert_close(made, block(contexts, inputs), rtol=0, atol=0.05)
+    for mine, theirs in zip(near, exact, strict=True):
+        assert float((mine - theirs).norm()) < 0.05 * float(theirs.norm())
+
+
+def test_token_block_takes_the_type_that_autocast_asks_for() -> None:
     block = TokenBlock([32, 32], 16, 16)
     initialise(block, torch.Generator().manual_seed(0))
     contexts, inputs = [torch.randn(50, 32) for _ in range(2)], torch.randn(50, 16)
-    exact = torch.autograd.grad(block(contexts, inputs).square().sum(), [*block.parameters()])
-    made = block(contexts, inputs, torch.bfloat16)
-    assert made.dtype == torch.float32
-    near = torch.autograd.grad(made.square().sum(), [*block.parameters()])
-    torch.testing.assert_close(made, block(contexts, inputs), rtol=0, atol=0.05)
-    for mine, theirs in zip(near, exact, strict=True):
-        assert float((mine - theirs).norm()) < 0.05 * float(theirs.norm()) + 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        made = block(contexts, inputs)
+    assert torch.equal(made, block(contexts, inputs, torch.bfloat16))
+    assert not torch.equal(made, block(contexts, inputs))

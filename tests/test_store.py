@@ -321,6 +321,18 @@ def test_least_recently_used_phase1_goes_first(home: Path, monkeypatch: pytest.M
     assert phase1_files(home) == {"e"}
 
 
+def test_half_a_phase1_is_none_and_goes_with_the_oldest(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_phase1("a", {"weight": torch.ones(3)}, torch.zeros(50, 5), {})
+    (home / "phase1" / "a.npy").unlink()  # as an older version left them
+    os.utime(home / "phase1" / "a.safetensors", (0, 0))
+    assert store.read_phase1("a") is None
+    monkeypatch.setattr(store, "PHASE1_BYTES", 1300)
+    store.write_phase1("b", {"weight": torch.ones(3)}, torch.zeros(50, 5), {})
+    assert phase1_files(home) == {"b"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_phase1_comes_back_as_it_was(dtype: torch.dtype, home: Path) -> None:
     weights, contexts = {"weight": torch.randn(3)}, torch.randn(50, 5).to(dtype)
