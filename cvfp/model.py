@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from cvfp.data import Tokenizer
+    from cvfp.kernels import Room, Take
 
 WEIGHT_STD = 0.1
 BIAS_STD = 0.01
@@ -84,6 +85,98 @@ def exact_sum(rounded: Tensor, exact: Tensor) -> Tensor:
     if rounded.device.type == "cpu" and rounded.dtype != exact.dtype:
         return rounded.to(exact.dtype).add_(exact)  # a mixed sum takes three times as long
     return rounded + exact
+
+
+def looped(parameter: Tensor) -> bool:
+    """Whether `kernels` has loops for what is done with it. They are imported where they are used:
+    numba takes a third of a second, and a GPU does without."""
+    return parameter.device.type == "cpu" and parameter.dtype == torch.float32
+
+
+class ResidualNorm:
+    """LayerNorm(residual + ReLU(bias + Σ a·b)) [B, W], which both blocks' layers end in, and its
+    gradients by hand: autograd keeps more, casts more and takes more passes.
+
+    Args:
+        bias: [W], and the factors a [B, K], b [K, W], in the type of the products.
+        residual: [B, W], in any type.
+        keep: what the gradients take.
+        take: on a CPU, where the results go; None: into memory of their own.
+
+    Attributes:
+        out: the result, in the type of the LayerNorm's parameters.
+        rounded: the same in the type of the products.
+    """
+
+    def __init__(
+        self,
+        bias: Tensor,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        residual: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        keep: bool = False,
+        take: Take | None = None,
+    ) -> None:
+        (a, b), *others = factors
+        self.looped = looped(scale)
+        self.kept: tuple[Any, ...] = ()
+        if self.looped:
+            from cvfp import kernels
+
+            take = take or kernels.fresh
+            product = torch.mm(a, b, out=take("product", (len(a), b.shape[1]), a.dtype))
+            for a, b in others:
+                product.addmm_(a, b)
+            moments: Any
+            self.out, self.rounded, moments = kernels.residual_norm(
+                product, bias, residual, scale, shift, eps, keep, take
+            )
+            under = residual
+        else:
+            product = torch.addmm(bias, a, b)
+            for a, b in others:
+                product.addmm_(a, b)
+            under = exact_sum(product.relu_(), residual.to(scale.dtype))
+            # with mean and inverse deviation
+            self.out, *moments = torch.native_layer_norm(under, scale.shape, scale, shift, eps)
+            self.rounded = self.out.to(product.dtype)
+        if keep:
+            self.kept = bias, scale, shift, product, under, moments
+
+    def backward(
+        self,
+        gradient: Tensor,
+        added: tuple[Tensor, Tensor] | None = None,
+        take: Take | None = None,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor] | Tensor]:
+        """Gradients of the residual, of the product (in its type), and of scale, shift and bias.
+
+        Args:
+            gradient: that of `out`.
+            added: two matrices in the type of the products, whose product `gradient` lacks; its
+                place is then taken.
+            take: as above, and not where `gradient` and `added` are.
+        """
+        bias, scale, shift, product, under, moments = self.kept
+        if self.looped:
+            from cvfp import kernels
+
+            take = take or kernels.fresh
+            more = None
+            if added is not None:
+                more = torch.mm(*added, out=take("more", product.shape, product.dtype))
+            return kernels.residual_norm_backward(
+                gradient, more, product, bias, under, scale, moments, take
+            )
+        if added is not None:
+            gradient = add_product(gradient, *added)
+        for_total, *for_norm = torch.ops.aten.native_layer_norm_backward(
+            gradient, under, scale.shape, *moments, scale, shift, [True, True, True]
+        )
+        into = torch.ops.aten.threshold_backward(for_total.to(product.dtype), product, 0.0)
+        return for_total, into, (*for_norm, into.sum(0, dtype=scale.dtype))
 
 
 @contextmanager
@@ -186,6 +279,10 @@ class ContextLayer(NamedTuple):
     bias: Tensor | None  # [width]; None where it came with the tokens' share
     residual: tuple[Tensor, Tensor] | None  # weight and bias; None: the identity
     norm: nn.LayerNorm
+
+    @property
+    def norming(self) -> tuple[Tensor, Tensor, float]:
+        return self.norm.weight, self.norm.bias, self.norm.eps
 
 
 class ContextBlock(nn.Module):
@@ -301,6 +398,38 @@ class ContextBlock(nn.Module):
             outputs.append(context)
         return outputs
 
+    @torch.no_grad()
+    def outputs(
+        self,
+        context: Tensor,
+        inputs: Tensor,
+        layers: Sequence[ContextLayer],
+        columns: Sequence[tuple[Tensor, Tensor] | None],
+        keep: bool = False,
+        room: Room | None = None,
+    ) -> list[ResidualNorm]:
+        """One application without a graph, every layer's output in two types.
+
+        Args:
+            context: [B, D], in any type.
+            inputs: e [B, n·E], in the type of the products, as `layers` and `columns` are.
+            keep: what their gradients take.
+            room: on a CPU, memory for the outputs, which the next application takes again.
+        """
+        made: list[ResidualNorm] = []
+        read = context.to(layers[0].weight.dtype)
+        for i, (layer, tokens) in enumerate(zip(layers, columns, strict=True)):
+            factors, bias = [(read, layer.weight)], layer.bias
+            if tokens is not None:
+                factors.append((inputs, tokens[0]))
+                bias = tokens[1]
+            assert bias is not None
+            residual = context if layer.residual is None else F.linear(read, *layer.residual)
+            take = None if room is None else room.of("context layer", i)
+            made.append(ResidualNorm(bias, factors, residual, *layer.norming, keep, take))
+            context, read = made[-1].out, made[-1].rounded
+        return made
+
     def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
         """c [B, D], e [B, n·E] -> all layers' outputs; the last is the new context [B, D]."""
         return self.step(context, self.share(inputs))
@@ -322,85 +451,99 @@ class TokenBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in widths)
 
     def forward(
-        self, contexts: Sequence[Tensor], inputs: Tensor, dtype: torch.dtype | None = None
+        self,
+        contexts: Sequence[Tensor],
+        inputs: Tensor,
+        dtype: torch.dtype | None = None,
+        room: Room | None = None,
     ) -> Tensor:
         """c^(i) [B, widths[i]] each, e [B, n·E] -> h [B, E].
 
         Args:
             dtype: that the products are taken in; None: autocast's, or that of the weights.
+            room: on a CPU, memory for all there is to keep, which the next call takes again: h and
+                its gradients are for use before that.
         """
-        hidden = inputs
+        if dtype is None:  # what a caller's autocast asks for, if there is one
+            device = inputs.device.type
+            mixed = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if mixed else inputs.dtype
         parts = zip(self.linears, self.norms, strict=True)
-        for context, (linear, norm) in zip(contexts, cast(Iterable[Any], parts), strict=True):
-            hidden = _TokenLayer.apply(
-                context, hidden, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, dtype
-            )
-        return hidden
+        parameters = [
+            tensor
+            for linear, norm in cast(Iterable[Any], parts)
+            for tensor in (linear.weight, linear.bias, norm.weight, norm.bias)
+        ]
+        eps = self.norms[0].eps
+        return _TokenLayers.apply(dtype, eps, room, inputs, *contexts, *parameters)
 
 
-class _TokenLayer(torch.autograd.Function):
-    """LayerNorm(r + ReLU(Linear([c ; h]))), r the last columns of h; gradients by hand.
+class _TokenLayers(torch.autograd.Function):
+    """A TokenBlock, with its gradients by hand.
 
-    Autograd would also push the gradient into contexts that nobody trains, keep more than is
-    needed, and take twice as many kernels, which at these sizes is what a step costs.
+    Autograd would also push the gradient into contexts that nobody trains, and take twice as many
+    kernels, which at these sizes is what a step costs.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        context: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor,
-        shift: Tensor,
+        dtype: torch.dtype,
         eps: float,
-        dtype: torch.dtype | None,
+        room: Room | None,
+        inputs: Tensor,
+        *given: Tensor,
     ) -> Tensor:
-        if dtype is None:  # what a caller's autocast asks for, if there is one
-            device = hidden.device.type
-            mixed = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if mixed else weight.dtype
-        shape = (*hidden.shape[:-1], len(weight))
-        hidden = hidden.flatten(0, -2)
-        with torch.autocast(hidden.device.type, enabled=False):
-            columns = weight.to(dtype)
-            read = torch.cat([context.flatten(0, -2).to(dtype), hidden.to(dtype)], dim=1)
-            active = torch.addmm(bias.to(dtype), read, columns.t()).relu_()
-            total = exact_sum(active, hidden[:, -len(weight) :])
-            out, mean, spread = torch.native_layer_norm(total, scale.shape, scale, shift, eps)
-        ctx.save_for_backward(read, columns, active, total, mean, spread, scale, shift)
-        ctx.context_shape, ctx.shape = context.shape, shape
-        return out.view(shape)
+        layers = len(given) // 5
+        contexts, parameters = given[:layers], given[layers:]
+        shape = (*inputs.shape[:-1], len(parameters[1]))
+        hidden = read = inputs.flatten(0, -2)
+        ctx.kept, ctx.room = [], room
+        with torch.autocast(inputs.device.type, enabled=False):
+            for i, context in enumerate(contexts):
+                weight, bias, scale, shift = parameters[4 * i : 4 * i + 4]
+                width, size = context.shape[-1], (len(hidden), weight.shape[1])
+                seen = context.flatten(0, -2)
+                take = None if room is None else room.of("token layer", i)
+                if take is None:
+                    columns = weight.to(dtype)
+                    both = torch.cat([seen.to(dtype), read.to(dtype)], dim=1)
+                else:
+                    columns = take("columns", weight.shape, dtype).copy_(weight)
+                    both = take("both", size, dtype)
+                    both[:, :width].copy_(seen)
+                    both[:, width:].copy_(read)
+                kept = hidden[:, -len(weight) :]
+                made = ResidualNorm(
+                    bias.to(dtype), [(both, columns.t())], kept, scale, shift, eps, True, take
+                )
+                ctx.kept.append((both, columns[:, :width], columns[:, width:], made))
+                hidden, read = made.out, made.rounded
+        return hidden.view(shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        read, columns, active, total, mean, spread, scale, shift = ctx.saved_tensors
-        width = ctx.context_shape[-1]
-        exact, dtype = scale.dtype, columns.dtype
-        with torch.autocast(read.device.type, enabled=False):
-            for_total, for_scale, for_shift = torch.ops.aten.native_layer_norm_backward(
-                gradient.reshape(total.shape),
-                total,
-                scale.shape,
-                mean,
-                spread,
-                scale,
-                shift,
-                [True, True, True],
-            )
-            for_product = torch.ops.aten.threshold_backward(for_total.to(dtype), active, 0.0)
-            for_weight = exact_product(for_product.t(), read, exact)
-            for_bias = for_product.sum(0, dtype=exact)
-            for_context = for_hidden = None
-            if ctx.needs_input_grad[0]:
-                for_context = exact_product(for_product, columns[:, :width], exact)
-                for_context = for_context.view(ctx.context_shape)
-            if ctx.needs_input_grad[1]:
-                for_hidden = exact_product(for_product, columns[:, width:], exact)
-                for_hidden[:, -len(columns) :] += for_total
-                for_hidden = for_hidden.view(*ctx.shape[:-1], -1)
-        return for_context, for_hidden, for_weight, for_bias, for_scale, for_shift, None, None
+        for_contexts: list[Tensor | None] = []
+        for_parameters: list[Tensor] = []
+        needed, room = ctx.needs_input_grad[3:], ctx.room
+        exact, shape = gradient.dtype, gradient.shape[:-1]
+        added: tuple[Tensor, Tensor] | None = None
+        gradient = gradient.flatten(0, -2)
+        with torch.autocast(gradient.device.type, enabled=False):
+            for i, (both, for_context, for_hidden, made) in reversed(list(enumerate(ctx.kept))):
+                take = None if room is None else room.of("gradients", i % 2)
+                gradient, into, sums = made.backward(gradient, added, take)
+                for_weight = exact_product(into.t(), both, exact)
+                for_parameters[:0] = [for_weight, sums[2], sums[0], sums[1]]
+                for_seen = exact_product(into, for_context, exact) if needed[1 + i] else None
+                for_contexts.insert(0, None if for_seen is None else for_seen.view(*shape, -1))
+                added = into, for_hidden
+            for_inputs = None
+            if needed[0] and added is not None:
+                for_inputs = exact_product(*added, exact)
+                for_inputs[:, -gradient.shape[1] :] += gradient
+                for_inputs = for_inputs.view(*shape, -1)
+        return None, None, None, for_inputs, *for_contexts, *for_parameters
 
 
 class Predictor(nn.Module):
@@ -421,9 +564,17 @@ class Predictor(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear."""
-        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """h [B, E] -> [B, V]: by the embedding table (tied), or by the head's own Linear.
+
+        Args:
+            out: a place for them, without a graph.
+        """
+        if out is None:
+            return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        if self.head is None:
+            return torch.mm(hidden, self.embedding.T, out=out)
+        return torch.addmm(self.head.bias, hidden, self.head.weight.T, out=out)
 
     def end_counts(self) -> dict[str, int]:
         """Numbers of parameters of table and head; a tied head has none of its own."""

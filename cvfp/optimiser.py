@@ -6,17 +6,21 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) with torch's defaults: betas 0.9 and 0.999, eps 1e-8."""
+    """Adam (Kingma and Ba 2015) with torch's defaults: betas 0.9 and 0.999, eps 1e-8.
+
+    Args:
+        parameters: all on one device. What has no gradient stays.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        # One count for all: that of each would be an operation of its own on a CPU.
+        self.count = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -24,26 +28,25 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters by their gradients; those that have none stay."""
-        given = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
-        moved = [state for state in given if state[0].grad is not None]
+        """Move the parameters by their gradients."""
+        given = zip(self.parameters, self.means, self.squares, strict=True)
+        moved = [(p, p.grad, m, s) for p, m, s in given if p.grad is not None]
         if not moved:
             return
-        parameters, means, squares, steps = map(list, zip(*moved, strict=True))
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        adam(
+        self.count += 1
+        parameters, gradients, means, squares = map(list, zip(*moved, strict=True))
+        torch.ops.aten._fused_adam_(
             parameters,
             gradients,
             means,
             squares,
             [],
-            steps,
-            fused=parameters[0].device.type in ("cpu", "cuda"),
-            amsgrad=False,
+            [self.count] * len(moved),
+            lr=self.lr,
             beta1=0.9,
             beta2=0.999,
-            lr=self.lr,
             weight_decay=0.0,
             eps=1e-8,
+            amsgrad=False,
             maximize=False,
         )

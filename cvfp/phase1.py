@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cvfp import memory, seeds
@@ -23,12 +22,14 @@ from cvfp.model import (
     ContextBlock,
     ContextLayer,
     TokenInputs,
-    add_product,
     exact_product,
-    exact_sum,
+    looped,
     product_type,
 )
 from cvfp.optimiser import Adam
+
+if TYPE_CHECKING:
+    from cvfp.kernels import Room
 
 INITIAL_STD = 0.01
 QUANTILES = (0.1, 0.5, 0.9)
@@ -85,7 +86,7 @@ def abort_reason(history: Sequence[Mapping[str, float]]) -> str | None:
 
 
 def group_loss(
-    contexts: Tensor, previous: Tensor, dist_reg_weight: float
+    contexts: Tensor, previous: Tensor, dist_reg_weight: float, room: Room | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of each of K groups [K, G, D]: (1-w)·MSE − w·‖C − mean‖_F / G.
 
@@ -94,6 +95,10 @@ def group_loss(
         [K, G], and the losses' gradient [K, G, D]: by hand, since autograd takes twice as many
         passes over the contexts.
     """
+    if looped(contexts):
+        from cvfp import kernels
+
+        return kernels.group_loss(contexts, previous, dist_reg_weight, room or kernels.fresh)
     size, width = contexts.shape[1:]
     delta = contexts - previous
     change = torch.linalg.vector_norm(delta, dim=2).square() / width
@@ -118,7 +123,7 @@ class Step:
             the tokens, [n·E, width], and their bias, None where a layer does not see them.
 
     Attributes:
-        made: the new contexts [B, D].
+        made: the new contexts [B, D]; rounded: the same in the type of the products.
     """
 
     def __init__(
@@ -128,61 +133,35 @@ class Step:
         columns: Sequence[tuple[Tensor, Tensor] | None],
         context: Tensor,
         inputs: Tensor,
+        room: Room | None = None,
     ) -> None:
         self.block, self.layers, self.inputs = block, layers, inputs
-        self.kept = []
-        for layer, tokens in zip(layers, columns, strict=True):
-            read = context.to(layer.weight.dtype)
-            if tokens is not None:
-                product = torch.addmm(tokens[1], inputs, tokens[0]).addmm_(read, layer.weight)
-            else:
-                assert layer.bias is not None
-                product = torch.addmm(layer.bias, read, layer.weight)
-            active = product.relu_()
-            residual = context if layer.residual is None else F.linear(read, *layer.residual)
-            total = exact_sum(active, residual).to(context.dtype)
-            norm = layer.norm
-            context, *moments = torch.native_layer_norm(
-                total, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-            )
-            self.kept.append((read, active, total, moments))
-        self.made = context
+        self.read = context.to(inputs.dtype)
+        self.outputs = block.outputs(context, inputs, layers, columns, keep=True, room=room)
+        self.room = room
+        self.made, self.rounded = self.outputs[-1].out, self.outputs[-1].rounded
 
     def backward(self, gradient: Tensor) -> None:
         """Add the gradients of the parameters, given that of `made`, to what they have."""
-        exact, block = gradient.dtype, self.block
+        exact, block, added = gradient.dtype, self.block, None
         for i in reversed(range(len(self.layers))):
-            layer, (read, active, total, moments) = self.layers[i], self.kept.pop()
+            layer, made = self.layers[i], self.outputs.pop()
+            read = self.outputs[-1].rounded if i else self.read
             norm, linear, width = layer.norm, block.linears[i], read.shape[1]
-            for_total, *for_norm = torch.ops.aten.native_layer_norm_backward(
-                gradient,
-                total,
-                norm.normalized_shape,
-                *moments,
-                norm.weight,
-                norm.bias,
-                [True, True, True],
-            )
-            _add(norm.weight, for_norm[0])
-            _add(norm.bias, for_norm[1])
-            rounded = for_total.to(read.dtype)
-            # What was active has done its work: its place is taken by the product's gradient.
-            into = torch.ops.aten.threshold_backward(rounded, active, 0.0, grad_input=active)
+            take = None if self.room is None else self.room.of("gradients", i % 2)
+            gradient, into, sums = made.backward(gradient, added, take)
+            for parameter, summed in zip((norm.weight, norm.bias, linear.bias), sums, strict=True):
+                _add(parameter, summed)
             _add(linear.weight, exact_product(into.t(), read, exact), slice(0, width))
-            _add(linear.bias, into.sum(0, dtype=exact))
             if layer.bias is None:
                 more = exact_product(into.t(), self.inputs, exact)
                 _add(linear.weight, more, slice(width, None))
             if layer.residual is not None:
-                residual = block.residuals[i]
+                residual, rounded = block.residuals[i], gradient.to(read.dtype)
                 _add(residual.weight, exact_product(rounded.t(), read, exact))
                 _add(residual.bias, rounded.sum(0, dtype=exact))
-            if i:
-                if layer.residual is None:
-                    gradient = for_total
-                else:
-                    gradient = exact_product(rounded, layer.residual[0], exact)
-                gradient = add_product(gradient, into, layer.weight.t())
+                gradient = exact_product(rounded, layer.residual[0], exact)
+            added = into, layer.weight.t()
 
 
 def _add(parameter: Any, gradient: Tensor, columns: slice = slice(None)) -> None:
@@ -227,6 +206,11 @@ def train(
     for part in passes:
         fresh = torch.empty(part.stop - part.start, width, dtype=exact, device=device)
         contexts[part] = draw(fresh, INITIAL_STD)
+    room = None
+    if looped(inputs.table):
+        from cvfp import kernels
+
+        room = kernels.Room()
     inputs = inputs.to(dtype)
     optimiser = Adam(block.parameters(), experiment.phase1_learning_rate)
     result = Phase1(contexts, 1, 0.0)
@@ -240,18 +224,24 @@ def train(
         # take the old ones' place, pass by pass: `last` is what the next pass has to read first.
         last = contexts[-1:].to(device, copy=True)
         for part, previous in memory.ahead(contexts, passes, device):
-            read = torch.cat([last, previous[:-1]]).to(exact)
+            before = torch.cat([last, previous[:-1]])
             last = previous[-1:].clone()
-            jitter = torch.empty_like(read)
+            read = (
+                torch.empty(before.shape, dtype=exact, device=device)
+                if room is None
+                else room("read", before.shape, exact)
+            )
             shape = (-1, min(size, len(read)), width)
-            for group in jitter.view(shape):  # the draws are the same however groups are passed
-                draw(group, experiment.phase1_noise)
-            step = Step(block, layers, columns, read.add_(jitter), inputs.dense(part))
+            for group, around in zip(read.view(shape), before.view(shape), strict=True):
+                draw(group, experiment.phase1_noise, around)  # the same however groups are passed
+            step = Step(block, layers, columns, read, inputs.dense(part), room)
             grouped = step.made.view(shape), previous.view(shape)
-            each, diversity, changed, gradient = group_loss(*grouped, experiment.dist_reg_weight)
+            each, diversity, changed, gradient = group_loss(
+                *grouped, experiment.dist_reg_weight, room
+            )
             losses += torch.stack([each.sum(), diversity.sum()]) / groups
             change[part] = changed.flatten()
-            contexts[part] = step.made.to(dtype)  # a copy to the host would convert there
+            contexts[part] = step.rounded
             step.backward(gradient.div_(groups).view(step.made.shape))
         torch.nn.utils.clip_grad_norm_(block.parameters(), experiment.phase1_gradient_clip)
         optimiser.step()

@@ -6,8 +6,9 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from torch import Tensor
 from cvfp import memory
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
-from cvfp.model import CVFP, Predictor, TokenInputs, exact_product, product_type
+from cvfp.model import CVFP, Predictor, TokenInputs, exact_product, looped, product_type
 from cvfp.optimiser import Adam
+
+if TYPE_CHECKING:
+    from cvfp.kernels import Room
 
 # Logits held at once when evaluating: in the cache on a CPU, enough to fill a GPU.
 EVALUATION_LOGITS = {"cpu": 2**21, "cuda": 2**27, "mps": 2**24}
@@ -76,14 +80,13 @@ class Positions:
         self, model: CVFP, contexts: Tensor, tokens: Tensor, precision: str = "float32"
     ) -> None:
         self.model, self.contexts, self.tokens = model, contexts, tokens
+        self.room: Room | None = None
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
         self.dtype = product_type(precision, self.context_inputs.table)
         with torch.no_grad():
             block = model.context_block
-            self.layers = block.layers(self.dtype)
-            self.weight = block.token_weight().to(self.dtype)
-            self.bias = block.token_bias().to(self.dtype)
+            self.layers, self.columns = block.layers(self.dtype), block.token_columns(self.dtype)
 
     def reads(self, positions: Tensor) -> Tensor:
         """The contexts that `positions` read: [B, D], on the model's device."""
@@ -93,14 +96,14 @@ class Positions:
         else:
             rows = self.contexts.index_select(0, source.to(self.contexts.device))
             rows = rows.to(positions.device)
-        return rows.to(self.context_inputs.table.dtype).mul_((positions > 0)[:, None])
+        return rows.mul_((positions > 0)[:, None])
 
     def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock reads `reads`
         [B, D] and sees `seen` [B, n·E]: [B, widths[i]] each."""
-        share = torch.nn.functional.linear(seen.to(self.dtype), self.weight, self.bias)
-        made = self.model.context_block.step(reads, share, self.layers)
-        return [output.to(self.dtype) for output in made]
+        block = self.model.context_block
+        made = block.outputs(reads, seen.to(self.dtype), self.layers, self.columns, room=self.room)
+        return [output.rounded for output in made]
 
     @torch.no_grad()
     def fixed(self, positions: Tensor, reads: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -127,7 +130,20 @@ class Positions:
         """
         seen, outputs = fixed or self.fixed(positions)
         e = seen if self.model.context_table is None else inputs.dense(positions)
-        return self.model.token_block(outputs, e, self.dtype)
+        return self.model.token_block(outputs, e, self.dtype, self.room)
+
+    @contextmanager
+    def reusing(self) -> Iterator[None]:
+        """On a CPU, take the same memory every time: what `fixed` and `hidden` make is for use
+        before they are next called. Fresh memory costs as much as what is done with it."""
+        if looped(self.context_inputs.table):
+            from cvfp import kernels
+
+            self.room = kernels.Room()
+        try:
+            yield
+        finally:
+            self.room = None
 
     def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
         """[B, V] at `positions`."""
@@ -202,15 +218,22 @@ class _AttentionLoss(torch.autograd.Function):
         # The public function keeps the log of the sum to itself.
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         expected, log_sum = attend(query[None, None], table, table, scale=1.0)
-        right = weight.index_select(0, target)
-        ctx.save_for_backward((expected[0, 0] - right).to(hidden.dtype).div_(len(hidden)))
-        chosen = torch.linalg.vecdot(query.to(hidden.dtype), right.to(hidden.dtype))
-        return (log_sum.view(-1) - chosen).mean()
+        expected, log_sum = expected[0, 0], log_sum.view(-1)
+        if looped(hidden):
+            from cvfp import kernels
+
+            nats, gradient = kernels.attended_loss(query, expected, log_sum, weight, target)
+        else:
+            right = weight.index_select(0, target)
+            gradient = (expected - right).div_(len(hidden))
+            nats = log_sum - torch.linalg.vecdot(query, right)
+        ctx.save_for_backward(gradient)
+        return nats.mean()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+        return gradient if float(upstream) == 1 else gradient * upstream, None, None
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -257,29 +280,52 @@ class _SoftmaxLoss(torch.autograd.Function):
         return for_hidden, for_weight, for_bias, None, None
 
 
-@torch.no_grad()
 def evaluate(stream: Positions) -> Evaluation:
     """Float32 evaluation of a stream of at least two tokens."""
     inputs = stream.token_inputs()
-    return judge(stream.model, stream.tokens, lambda positions: stream.hidden(positions, inputs))
+    with stream.reusing():
+        return judge(
+            stream.model, stream.tokens, lambda positions: stream.hidden(positions, inputs)
+        )
 
 
+@torch.no_grad()
 def judge(model: Predictor, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) -> Evaluation:
     """Float32 evaluation of h [B, E] at positions [B]: all of a stream but the last."""
     nats, correct = [], []
-    batch = max(1, EVALUATION_LOGITS[tokens.device.type] // len(model.embedding))
-    for positions in torch.arange(len(tokens) - 1, device=tokens.device).split(batch):
-        logits = model.logits(hidden(positions))
-        target = tokens[positions + 1, None]
-        right = logits.gather(1, target)
-        others = logits.scatter_(1, target, -math.inf).amax(dim=1, keepdim=True)
-        correct.append((right > others).squeeze(1))
-        # Once the target's own logit is apart: log(Σ exp) − right, in place, since what
-        # cross_entropy allocates costs a CPU more than the sum does.
-        largest = torch.maximum(others, right)
-        rest = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        nats.append(((rest + (right - largest).exp()).log() + (largest - right)).squeeze(1))
+    room: Tensor | None = None
+    device = tokens.device
+    batch = max(1, EVALUATION_LOGITS[device.type] // len(model.embedding))
+    for positions in torch.arange(len(tokens) - 1, device=device).split(
+        max(batch, CHUNK[device.type])
+    ):
+        targets = tokens[positions + 1].split(batch)
+        for some, target in zip(hidden(positions).split(batch), targets, strict=True):
+            if room is None:  # one for all: a fresh one costs a CPU as much as the product
+                room = some.new_empty(batch, len(model.embedding))
+            logits = model.logits(some, room[: len(some)])
+            if looped(logits):
+                from cvfp import kernels
+
+                found = kernels.judged(logits, target)
+            else:
+                found = _judged(logits, target)
+            nats.append(found[0])
+            correct.append(found[1])
     return Evaluation(torch.cat(nats).cpu().double(), torch.cat(correct).cpu())
+
+
+def _judged(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `target` [B] under `logits` [B, V], which are lost, and whether its logit is
+    above all others."""
+    target = target[:, None]
+    right = logits.gather(1, target)
+    others = logits.scatter_(1, target, -math.inf).amax(dim=1, keepdim=True)
+    # Once the target's own logit is apart: log(Σ exp) − right, in place.
+    largest = torch.maximum(others, right)
+    rest = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    nats = (rest + (right - largest).exp()).log() + (largest - right)
+    return nats.squeeze(1), (right > others).squeeze(1)
 
 
 def train(
@@ -324,16 +370,17 @@ def train(
         return head.loss(hidden, targets)
 
     steps = experiment.phase2_epochs * (train.total // size)
-    return fit(
-        model,
-        batches,
-        loss,
-        lambda: evaluate(validation),
-        experiment,
-        report,
-        tick,
-        replayed=device.type == "cuda" and steps >= WORTH_RECORDING,
-    )
+    with train.reusing():
+        return fit(
+            model,
+            batches,
+            loss,
+            lambda: evaluate(validation),
+            experiment,
+            report,
+            tick,
+            replayed=device.type == "cuda" and steps >= WORTH_RECORDING,
+        )
 
 
 @functools.cache

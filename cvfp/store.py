@@ -24,7 +24,17 @@ from torch import Tensor
 from cvfp import cache, memory
 from cvfp.config import Experiment
 
-PHASE1_CODE = ("data", "embeddings", "model", "optimiser", "phase1", "seeds", "contexts", "metrics")
+PHASE1_CODE = (
+    "data",
+    "embeddings",
+    "kernels",
+    "model",
+    "optimiser",
+    "phase1",
+    "seeds",
+    "contexts",
+    "metrics",
+)
 RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment")
 
 MODEL_BYTES = 50_000_000

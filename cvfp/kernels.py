@@ -1,0 +1,638 @@
+"""Loops for a CPU, compiled by numba on first use and kept beside this file.
+
+What stands between two products here is a dozen operations on small rows. torch takes a pass over
+memory for each, and these passes, not the products, are what a step costs on a CPU. A loop takes
+one for all, four times as fast. Loops read and write torch's memory, bfloat16 as its bits; sums
+along a row are float32.
+
+Every loop has a plain version in torch, for other devices and types, which the tests hold it to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# Threads of torch and of numba that wait for work in turn would take the cores from each other.
+# What is loaded for all goes before the OpenMP that numba looks for: so both share torch's.
+with contextlib.suppress(OSError):
+    ctypes.CDLL("libgomp.so.1", mode=getattr(ctypes, "RTLD_GLOBAL", 0))
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+_F32 = np.float32
+# What lets a sum be taken in lanes; NaN and infinity stay what they are.
+_FAST: Any = {"contract", "reassoc", "nsz", "arcp"}
+# Rows from which a second thread pays.
+_WORTH_SHARING = 64
+# What numba was last told in this thread.
+_running: ContextVar[int] = ContextVar("threads", default=0)
+_I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_function: Any = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
+_loop: Any = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)
+_shared: Any = numba.njit(parallel=True, nogil=True, cache=True)
+
+
+@intrinsic
+def _wide(context: Any, x: Any) -> Any:
+    """A float32 from a float32, or from the bits of a bfloat16."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), _FLOAT)
+
+    if x == types.uint16:
+        return types.float32(types.uint16), bits
+    return types.float32(types.float32), lambda context, builder, signature, args: args[0]
+
+
+@intrinsic
+def _rounded(context: Any, x: Any, like: Any) -> Any:
+    """x as `like`: a float32, or the bits of the nearest bfloat16 (ties to even)."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(whole, _I32(16)), _I32(1))
+        nearest = builder.add(builder.add(whole, _I32(0x7FFF)), odd)
+        return builder.trunc(builder.lshr(nearest, _I32(16)), _I16)
+
+    if like == types.uint16:
+        return types.uint16(types.float32, types.uint16), bits
+    return (
+        types.float32(types.float32, types.float32),
+        lambda context, builder, signature, args: args[0],
+    )
+
+
+@intrinsic
+def _power(context: Any, x: Any) -> Any:
+    """k of x = 2^k·m with m from √½ to √2, for a positive normal float32."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        above = builder.sub(builder.bitcast(args[0], _I32), _I32(0x3F3504F3))
+        return builder.sitofp(builder.ashr(above, _I32(23)), _FLOAT)
+
+    return types.float32(types.float32), bits
+
+
+@intrinsic
+def _times_power(context: Any, x: Any, k: Any) -> Any:
+    """x·2^k for a whole k, where both are normal float32."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        power = builder.shl(builder.fptosi(args[1], _I32), _I32(23))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], _I32), power), _FLOAT)
+
+    return types.float32(types.float32, types.float32), bits
+
+
+@intrinsic
+def _order(context: Any, x: Any) -> Any:
+    """A whole number that grows with the float32 (NaN above or under all): the largest of whole
+    numbers is found in lanes."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = builder.bitcast(args[0], _I32)
+        sign = builder.ashr(whole, _I32(31))
+        return builder.xor(whole, builder.and_(sign, _I32(0x7FFFFFFF)))
+
+    return types.int32(types.float32), bits
+
+
+@intrinsic
+def _larger(context: Any, x: Any, y: Any) -> Any:
+    """Of two int32; Python's `max` would make them int64."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return types.int32(types.int32, types.int32), bits
+
+
+@intrinsic
+def _ordered(context: Any, x: Any) -> Any:
+    """The float32 of an `_order`."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sign = builder.ashr(args[0], _I32(31))
+        whole = builder.xor(args[0], builder.and_(sign, _I32(0x7FFFFFFF)))
+        return builder.bitcast(whole, _FLOAT)
+
+    return types.float32(types.int32), bits
+
+
+def _array(tensor: Tensor | None) -> Any:
+    """The tensor's memory as numba takes it."""
+    if tensor is None:
+        return None
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
+
+
+def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of its own."""
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+class Room:
+    """Memory that is taken again under the same name: what is fresh costs a CPU as much as what is
+    done with it. Whoever takes is done with what it took before."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, owner: object = None
+    ) -> Tensor:
+        key = owner, name, dtype
+        kept = self.kept.get(key)
+        if kept is None or kept.shape[1:] != tuple(shape[1:]) or len(kept) < shape[0]:
+            kept = self.kept[key] = fresh(name, shape, dtype)
+        return kept if len(kept) == shape[0] else kept[: shape[0]]
+
+    def of(self, *owner: object) -> Take:
+        """The part that has names of its own."""
+        return functools.partial(self, owner=owner)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _parts(rows: int) -> int:
+    """Into how many parts the rows are shared out: as many as torch has threads, if it pays."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if _running.get() != threads:
+        numba.set_num_threads(threads)
+        _running.set(threads)
+    return max(1, min(threads, rows // _WORTH_SHARING))
+
+
+# LayerNorm(residual + ReLU(product + bias))
+
+
+@_loop
+def _norm_rows(
+    first: int,
+    last: int,
+    product: Any,
+    bias: Any,
+    residual: Any,
+    scale: Any,
+    shift: Any,
+    eps: Any,
+    moments: Any,
+    out: Any,
+    rounded: Any,
+) -> None:
+    width = product.shape[1]
+    row = np.empty(width, _F32)
+    share = _F32(1) / _F32(width)
+    for r in range(first, last):
+        mean = _F32(0)
+        for j in range(width):
+            x = _wide(product[r, j]) + _wide(bias[j])
+            x = (_F32(0) if x < _F32(0) else x) + _wide(residual[r, j])  # NaN passes
+            row[j] = x
+            mean += x
+        mean *= share
+        square = _F32(0)
+        for j in range(width):
+            square += (row[j] - mean) * (row[j] - mean)
+        spread = _F32(1) / np.sqrt(square * share + eps)
+        if moments is not None:
+            moments[r, 0], moments[r, 1] = mean, spread
+        for j in range(width):
+            row[j] = (row[j] - mean) * spread * scale[j] + shift[j]
+        for j in range(width):
+            out[r, j] = row[j]
+        if rounded is not None:
+            for j in range(width):
+                rounded[r, j] = _rounded(row[j], rounded[r, j])
+
+
+@_shared
+def _norm(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _norm_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def residual_norm(
+    product: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    keep: bool,
+    take: Take = fresh,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LayerNorm(residual + ReLU(product + bias)) of [B, W] each.
+
+    Args:
+        keep: what the gradient takes.
+        take: where the results go.
+
+    Returns:
+        The result in float32, the same in the product's type, and mean and inverse deviation of the
+        rows under the LayerNorm [B, 2], if they are to be kept.
+    """
+    out, shape = take("out", product.shape, torch.float32), product.shape
+    rounded = None if product.dtype == torch.float32 else take("rounded", shape, product.dtype)
+    moments = take("moments", (len(product), 2), torch.float32) if keep else None
+    given = [_array(t) for t in (product, bias, residual, scale, shift)]
+    made = [_array(t) for t in (moments, out, rounded)]
+    _norm(_parts(len(product)), *given, _F32(eps), *made)
+    return out, out if rounded is None else rounded, moments
+
+
+@_loop
+def _norm_backward_rows(
+    first: int,
+    last: int,
+    sums: Any,
+    gradient: Any,
+    more: Any,
+    product: Any,
+    bias: Any,
+    residual: Any,
+    scale: Any,
+    moments: Any,
+    into: Any,
+    back: Any,
+) -> None:
+    width = gradient.shape[1]
+    share = _F32(1) / _F32(width)
+    active = np.empty(width, _F32)
+    normal = np.empty(width, _F32)
+    row = np.empty(width, _F32)
+    mine = np.zeros((3, width), _F32)
+    for r in range(first, last):
+        mean, spread = moments[r, 0], moments[r, 1]
+        pull = _F32(0)
+        turn = _F32(0)
+        if more is not None:
+            for j in range(width):
+                row[j] = gradient[r, j] + _wide(more[r, j])
+        else:
+            for j in range(width):
+                row[j] = gradient[r, j]
+        for j in range(width):
+            x = _wide(product[r, j]) + _wide(bias[j])
+            x = _F32(0) if x < _F32(0) else x
+            active[j] = x
+            x = (x + _wide(residual[r, j]) - mean) * spread
+            y = row[j]
+            mine[0, j] += y * x
+            mine[1, j] += y
+            y *= scale[j]
+            pull += y
+            turn += y * x
+            normal[j] = x
+            row[j] = y
+        pull *= share
+        turn *= share
+        for j in range(width):
+            y = (row[j] - pull - normal[j] * turn) * spread
+            back[r, j] = y
+            y = _F32(0) if active[j] <= _F32(0) else y
+            mine[2, j] += y
+            into[r, j] = _rounded(y, into[r, j])
+    sums[:] = mine
+
+
+@_shared
+def _norm_backward(parts: int, sums: Any, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _norm_backward_rows(rows * k // parts, rows * (k + 1) // parts, sums[k], *given)
+
+
+def residual_norm_backward(
+    gradient: Tensor,
+    more: Tensor | None,
+    product: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    moments: Tensor,
+    take: Take = fresh,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `residual_norm`, whose result has the gradient `gradient` + `more` [B, W].
+
+    Returns:
+        Those of the residual, of the product in its type [B, W], and of scale, shift and
+        bias [3, W].
+    """
+    into = take("into", product.shape, product.dtype)
+    back = take("back", product.shape, torch.float32)
+    parts = _parts(len(product))
+    sums = _empty(parts, 3, product.shape[1])
+    given = (gradient, more, product, bias, residual, scale, moments, into, back)
+    _norm_backward(parts, _array(sums), *[_array(t) for t in given])
+    return back, into, sums.sum(0)
+
+
+# Gaussian draws
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+@_function
+def _log(x: Any) -> Any:
+    """Natural logarithm of a positive normal float32."""
+    power = _power(x)
+    m = _times_power(x, -power)
+    z = (m - _F32(1)) / (m + _F32(1))  # log m = 2 artanh z
+    y = z * z
+    series = ((_F32(2 / 9) * y + _F32(2 / 7)) * y + _F32(2 / 5)) * y + _F32(2 / 3)
+    return power * _F32(0.6931471805599453) + (z * _F32(2) + z * y * series)
+
+
+@_function
+def _normal(x: Any) -> Any:
+    """The normal deviate of a uniform one from -1 to 1, over √2: the inverse of the error function
+    to float32 (M. Giles, Approximating the erfinv function, 2010)."""
+    w = -_log((_F32(1) - x) * (_F32(1) + x))
+    v = w - _F32(2.5)
+    p = _F32(2.81022636e-08)
+    p = _F32(3.43273939e-07) + p * v
+    p = _F32(-3.5233877e-06) + p * v
+    p = _F32(-4.39150654e-06) + p * v
+    p = _F32(0.00021858087) + p * v
+    p = _F32(-0.00125372503) + p * v
+    p = _F32(-0.00417768164) + p * v
+    p = _F32(0.246640727) + p * v
+    p = _F32(1.50140941) + p * v
+    v = np.sqrt(w) - _F32(3)
+    q = _F32(-0.000200214257)
+    q = _F32(0.000100950558) + q * v
+    q = _F32(0.00134934322) + q * v
+    q = _F32(-0.00367342844) + q * v
+    q = _F32(0.00573950773) + q * v
+    q = _F32(-0.0076224613) + q * v
+    q = _F32(0.00943887047) + q * v
+    q = _F32(1.00167406) + q * v
+    q = _F32(2.83297682) + q * v
+    return (p if w < _F32(5) else q) * x
+
+
+@_loop
+def _normals_rows(first: int, last: int, out: Any, around: Any, seed: Any, std: Any) -> None:
+    width = out.shape[1]
+    row = np.empty(width, _F32)
+    for r in range(first, last):
+        state = seed + np.uint64(r * width + 1) * _STEP
+        for j in range(width):
+            z = state + np.uint64(j) * _STEP
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+            # The middle of one of 2^24 intervals
+            row[j] = (_F32(np.int32(z >> np.uint64(40))) - _F32(8388607.5)) * _F32(2.0**-23)
+        for j in range(width):
+            row[j] = _normal(row[j]) * std
+        if around is not None:
+            for j in range(width):
+                out[r, j] = _wide(around[r, j]) + row[j]
+        else:
+            for j in range(width):
+                out[r, j] = row[j]
+
+
+@_shared
+def _normals(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _normals_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def normals(out: Tensor, std: float, around: Tensor | None, seed: int) -> int:
+    """Fill float32 `out` [B, W] or [W] with normal draws of that deviation around zero, or around
+    `around`, as large; of 2^24 values each, up to 5.4 deviations.
+
+    Args:
+        seed: state of a SplitMix64 (Steele, Lea and Flood 2014).
+
+    Returns:
+        Its state after them: the draws are the same in any number of calls and of parts.
+    """
+    if out.ndim == 1:
+        return normals(out[None], std, None if around is None else around[None], seed)
+    assert out.is_contiguous()
+    given = _array(out), _array(around), np.uint64(seed), _F32(std * 2**0.5)
+    _normals(_parts(len(out)), *given)
+    return (seed + out.numel() * int(_STEP)) % 2**64
+
+
+# Phase 1's loss
+
+
+@_loop
+def _change_rows(first: int, last: int, sums: Any, made: Any, previous: Any, change: Any) -> None:
+    width = made.shape[1]
+    mine = np.zeros(width, np.float64)
+    few = np.zeros(width, _F32)
+    for r in range(first, last):
+        square = _F32(0)
+        for j in range(width):
+            x = made[r, j]
+            d = x - _wide(previous[r, j])
+            square += d * d
+            few[j] += x
+        change[r] = square / _F32(width)
+        if (r - first) % 64 == 63 or r == last - 1:
+            for j in range(width):
+                mine[j] += few[j]
+                few[j] = _F32(0)
+    sums[:] = mine
+
+
+@_shared
+def _change(parts: int, sums: Any, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _change_rows(rows * k // parts, rows * (k + 1) // parts, sums[k], *given)
+
+
+@_loop
+def _spread_rows(first: int, last: int, squares: Any, made: Any, mean: Any) -> None:
+    width = made.shape[1]
+    whole: Any = 0.0
+    for r in range(first, last):
+        square = _F32(0)
+        for j in range(width):
+            d = made[r, j] - mean[j]
+            square += d * d
+        whole += square
+    squares[0] = whole
+
+
+@_shared
+def _spread(parts: int, squares: Any, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _spread_rows(rows * k // parts, rows * (k + 1) // parts, squares[k], *given)
+
+
+@_loop
+def _pull_rows(
+    first: int, last: int, gradient: Any, made: Any, previous: Any, mean: Any, near: Any, far: Any
+) -> None:
+    for r in range(first, last):
+        for j in range(made.shape[1]):
+            x = made[r, j]
+            gradient[r, j] = near * (x - _wide(previous[r, j])) - far * (x - mean[j])
+
+
+@_shared
+def _pull(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _pull_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def group_loss(
+    made: Tensor, previous: Tensor, dist_reg_weight: float, take: Take = fresh
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`phase1.group_loss` of float32 [K, G, D], and [K, G, D] in any type."""
+    groups, size, width = made.shape
+    losses, diversity, change = _empty(groups), _empty(groups), _empty(groups, size)
+    gradient = take("gradient", made.shape, torch.float32)
+    parts = _parts(size)
+    sums, squares = np.empty((parts, width)), np.empty((parts, 1))
+    for k in range(groups):
+        contexts, before = _array(made[k]), _array(previous[k])
+        _change(parts, sums, contexts, before, _array(change[k]))
+        mean = (sums.sum(0) / size).astype(_F32)
+        _spread(parts, squares, contexts, mean)
+        spread = float(squares.sum()) ** 0.5
+        near = _F32(2 * (1 - dist_reg_weight) / (size * width))
+        # Equal contexts have no direction in which to part.
+        far = _F32(dist_reg_weight / size / max(spread, float(np.finfo(_F32).tiny)))
+        _pull(parts, _array(gradient[k]), contexts, before, mean, near, far)
+        diversity[k] = spread / size
+        losses[k] = (1 - dist_reg_weight) * change[k].mean() - dist_reg_weight * diversity[k]
+    return losses, diversity, change, gradient
+
+
+# Phase 2's loss
+
+
+@_loop
+def _attended_rows(
+    first: int,
+    last: int,
+    query: Any,
+    expected: Any,
+    log_sum: Any,
+    table: Any,
+    target: Any,
+    share: Any,
+    gradient: Any,
+    nats: Any,
+) -> None:
+    for r in range(first, last):
+        k = target[r]
+        logit = _F32(0)
+        for j in range(query.shape[1]):
+            right = _wide(table[k, j])
+            logit += _wide(query[r, j]) * right
+            gradient[r, j] = (_wide(expected[r, j]) - right) * share
+        nats[r] = log_sum[r] - logit
+
+
+@_shared
+def _attended(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _attended_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def attended_loss(
+    query: Tensor, expected: Tensor, log_sum: Tensor, table: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `target` [B] under softmax(query·tableᵀ), and the gradient of its mean.
+
+    Args:
+        query: [B, E]; expected: softmax(query·tableᵀ)·table [B, E]; table: [V, E].
+        log_sum: float32 [B], the logarithm of the sum under the softmax.
+
+    Returns:
+        float32 [B], and that of the query [B, E].
+    """
+    gradient, nats = _empty(*query.shape), _empty(len(query))
+    given = [_array(t) for t in (query, expected, log_sum, table, target)]
+    made = _array(gradient), _array(nats)
+    _attended(_parts(len(query)), *given, _F32(1 / len(query)), *made)
+    return nats, gradient
+
+
+@_function
+def _exponential(x: Any) -> Any:
+    """exp of a float32 up to zero; under -87 the smallest normal number."""
+    x = max(x, _F32(-87))
+    k = _F32(_F32(x * _F32(1.44269504088896341) + _F32(12582912)) - _F32(12582912))  # whole
+    y = x - k * _F32(0.693359375)  # ln 2 in two parts
+    y = y + k * _F32(2.12194440e-4)
+    p = (_F32(1 / 5040) * y + _F32(1 / 720)) * y + _F32(1 / 120)
+    p = ((p * y + _F32(1 / 24)) * y + _F32(1 / 6)) * y + _F32(1 / 2)
+    return _times_power(p * y * y + y + _F32(1), k)
+
+
+@_loop
+def _judged_rows(first: int, last: int, logits: Any, target: Any, nats: Any, correct: Any) -> None:
+    width = logits.shape[1]
+    for r in range(first, last):
+        right = logits[r, target[r]]
+        largest = _order(right)
+        reached = _F32(0)  # a whole number, exact to 2^24
+        for j in range(width):
+            x = logits[r, j]
+            largest = _larger(largest, _order(x))
+            reached += _F32(1) if x >= right else _F32(0)
+        top = _ordered(largest)
+        whole: Any = 0.0
+        for start in range(0, width, 512):
+            few = _F32(0)
+            some = logits[r, start : start + 512]
+            for j in range(len(some)):
+                few += _exponential(some[j] - top)
+            whole += few
+        nats[r] = np.log(whole) + (np.float64(top) - np.float64(right))
+        correct[r] = reached == _F32(1)
+
+
+@_shared
+def _judged(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _judged_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def judged(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `target` [B] under float32 logits [B, V], in float64, and whether its logit
+    is above all others."""
+    nats = torch.empty(len(logits), dtype=torch.float64)
+    correct = torch.empty(len(logits), dtype=torch.bool)
+    given = (logits, target, nats, correct)
+    _judged(_parts(len(logits)), *[_array(t) for t in given])
+    return nats, correct

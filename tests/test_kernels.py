@@ -1,0 +1,207 @@
+"""The compiled loops against the same in torch, in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import special
+from torch import Tensor
+
+from cvfp import kernels, phase1
+
+BOTH = (torch.float32, torch.bfloat16)
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative: the type's rounding
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draws(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def close(made: Tensor, wanted: Tensor, rounding: float = 2e-6) -> None:
+    wanted = wanted.detach()
+    largest = float(wanted.abs().max())
+    torch.testing.assert_close(
+        made.double(), wanted.double(), rtol=rounding, atol=rounding * max(1.0, largest)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 63, 300])
+@pytest.mark.parametrize(("dtype", "kept_as"), list(itertools.product(BOTH, BOTH)))
+def test_residual_norm(rows: int, dtype: torch.dtype, kept_as: torch.dtype, threads: int) -> None:
+    width = 37
+    product, residual = draws(rows, width, dtype=dtype), draws(rows, width, dtype=kept_as, seed=1)
+    bias, scale, shift = draws(width, dtype=dtype), draws(width, seed=2), draws(width, seed=3)
+    gradient, more = draws(rows, width, seed=4), draws(rows, width, dtype=dtype, seed=5)
+
+    out, rounded, moments = kernels.residual_norm(product, bias, residual, scale, shift, 1e-5, True)
+    leaves = [t.double().requires_grad_() for t in (residual, product, scale, shift, bias)]
+    total = leaves[0] + F.relu(leaves[1] + leaves[4])
+    wanted = F.layer_norm(total, (width,), leaves[2], leaves[3], 1e-5)
+    close(out, wanted)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, out.to(dtype))
+    bare = kernels.residual_norm(product, bias, residual, scale, shift, 1e-5, False)
+    close(bare[0], out)
+    assert bare[2] is None
+    assert moments is not None
+
+    for added in (more, None):
+        upstream = gradient.double() + (0 if added is None else added.double())
+        exact = torch.autograd.grad(wanted, leaves, upstream, retain_graph=True)
+        back, into, sums = kernels.residual_norm_backward(
+            gradient, added, product, bias, residual, scale, moments
+        )
+        close(back, exact[0], 1e-5)
+        assert into.dtype == dtype
+        close(into, exact[1], max(1e-5, CLOSE[dtype]))
+        for mine, theirs in zip(sums, exact[2:], strict=True):
+            close(mine, theirs, 1e-5)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    product, residual = draws(4, 8), draws(4, 8, seed=1)
+    product[1, 2] = math.nan
+    residual[2, 3] = math.inf
+    scale, shift = torch.ones(8), torch.zeros(8)
+    out, *_ = kernels.residual_norm(product, shift, residual, scale, shift, 1e-5, False)
+    assert torch.isfinite(out).all(dim=1).tolist() == [True, False, False, True]
+
+
+def test_rows_do_not_depend_on_the_threads() -> None:
+    product, residual, one = draws(500, 24), draws(500, 24, seed=1), torch.ones(24)
+    before, made = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made.append(kernels.residual_norm(product, one, residual, one, one, 1e-5, False)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(*made)
+
+
+def split_mix(seed: int, count: int) -> list[int]:
+    """The published generator, in whole numbers."""
+    found = []
+    for _ in range(count):
+        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = seed
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def test_normals_are_split_mix_through_the_inverse(threads: int) -> None:
+    seed = 2**63 + 12345
+    out = torch.empty(200, 7)
+    after = kernels.normals(out, 0.5, None, seed)
+    assert after == (seed + 1400 * 0x9E3779B97F4A7C15) % 2**64
+    uniform = [((word >> 40) + 0.5) / 2**24 for word in split_mix(seed, 1400)]
+    wanted = torch.from_numpy(special.ndtri(uniform)) * 0.5
+    torch.testing.assert_close(out.flatten().double(), wanted, rtol=2e-6, atol=1e-7)
+
+
+def test_normals_at_the_ends_of_the_distribution() -> None:
+    """Draws as far out as there are; the interval next to the end is 5.42 deviations away."""
+    out = torch.empty(4000, 1000)
+    kernels.normals(out, 1.0, None, 1)
+    assert torch.isfinite(out).all()
+    assert 4.8 < float(out.abs().max()) <= 5.42
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_normals_around_something(dtype: torch.dtype) -> None:
+    centre, alone, around = draws(90, 11, dtype=dtype), torch.empty(90, 11), torch.empty(90, 11)
+    kernels.normals(alone, 0.1, None, 3)
+    kernels.normals(around, 0.1, centre, 3)
+    assert torch.equal(around, alone + centre.float())
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_group_loss_is_that_of_float64(dtype: torch.dtype, threads: int) -> None:
+    made, previous = 1 + draws(3, 210, 13), draws(3, 210, 13, dtype=dtype, seed=1)
+    found = kernels.group_loss(made, previous, 0.8)
+    for mine, theirs in zip(
+        found, phase1.group_loss(made.double(), previous.double(), 0.8), strict=True
+    ):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=1e-9)
+
+
+def test_group_loss_of_equal_contexts() -> None:
+    same = torch.full((1, 70, 4), 3.0)
+    losses, diversity, change, gradient = kernels.group_loss(same, torch.zeros(1, 70, 4), 0.8)
+    assert float(diversity) == 0
+    assert float(losses) == pytest.approx(0.2 * 9)
+    assert (change == 9).all()
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attended_loss_is_cross_entropy(dtype: torch.dtype, threads: int) -> None:
+    query, table = draws(140, 9, dtype=dtype), draws(31, 9, dtype=dtype, seed=1)
+    target = torch.arange(140) % 31
+    leaf = query.double().requires_grad_()
+    logits = leaf @ table.double().T
+    wanted = F.cross_entropy(logits, target, reduction="none")
+    wanted.mean().backward()
+    expected, log_sum = logits.softmax(1) @ table.double(), logits.logsumexp(1)
+    nats, gradient = kernels.attended_loss(
+        query, expected.detach().to(dtype), log_sum.detach().float(), table, target
+    )
+    torch.testing.assert_close(nats.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert leaf.grad is not None
+    torch.testing.assert_close(
+        gradient.double(), leaf.grad, rtol=0, atol=CLOSE[dtype] * 5 / len(query)
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [3, 512, 1300])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 3000.0])
+def test_judged_is_cross_entropy(vocabulary: int, scale: float, threads: int) -> None:
+    logits = draws(150, vocabulary) * scale
+    target = torch.arange(150) % vocabulary
+    nats, correct = kernels.judged(logits, target)
+    wanted = F.cross_entropy(logits.double(), target, reduction="none")
+    torch.testing.assert_close(nats, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(correct, logits.argmax(1) == target)
+
+
+def test_judged_ties_are_wrong_and_nan_is_nan() -> None:
+    logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, math.nan, 0.0], [2.0, 1.0, 0.0]])
+    nats, correct = kernels.judged(logits, torch.tensor([0, 0, 0]))
+    assert correct.tolist()[::2] == [False, True]
+    assert nats.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the linker")
+def test_loops_share_torchs_threads(tmp_path: Path) -> None:
+    """Two sets of threads, each waiting for work on all cores, would halve the speed of both."""
+    code = """
+import torch
+torch.set_num_threads(2)
+from cvfp import kernels
+x, one = torch.randn(3000, 64), torch.ones(64)
+kernels.residual_norm(x, one, x, one, one, 1e-5, False)
+"""
+    env = {**os.environ, "LD_DEBUG": "bindings", "LD_DEBUG_OUTPUT": str(tmp_path / "bound")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    bound = [line for file in tmp_path.glob("bound*") for line in file.read_text().splitlines()]
+    runs = [line for line in bound if "omppool" in line and "`GOMP_parallel'" in line]
+    assert len(runs) == 1
+    assert "/torch/lib/" in runs[0].split(" to ")[1]
