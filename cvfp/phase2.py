@@ -280,6 +280,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return for_hidden, for_weight, for_bias, None, None
 
 
+@torch.no_grad()
 def evaluate(stream: Positions) -> Evaluation:
     """Float32 evaluation of a stream of at least two tokens."""
     inputs = stream.token_inputs()

@@ -36,7 +36,7 @@ def normals(generator: torch.Generator) -> Callable[..., Tensor]:
     """A source of Gaussian draws: called with a tensor [B, W] to fill, a standard deviation, and
     what to draw around [B, W] (nothing: zero), it fills the tensor.
 
-    On a CPU `Tensor.normal_` is serial, and twenty times as slow as what float32 gets here.
+    On a CPU `Tensor.normal_` is serial, and five times as slow as what float32 gets here.
     """
     seed: int | None = None
 
