@@ -10,8 +10,6 @@ Every loop has a plain version in torch, for other devices and types, which the 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -26,9 +24,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 # Threads of torch and of numba that wait for work in turn would take the cores from each other.
-# What is loaded for all goes before the OpenMP that numba looks for: so both share torch's.
-with contextlib.suppress(OSError):
-    ctypes.CDLL("libgomp.so.1", mode=getattr(ctypes, "RTLD_GLOBAL", 0))
+# torch loads its OpenMP for all, and so numba's loops run on it, if they are OpenMP's.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 _F32 = np.float32
