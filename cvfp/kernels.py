@@ -10,11 +10,11 @@ Every loop has a plain version in torch, for other devices and types, which the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -26,10 +26,16 @@ from torch import Tensor
 # Threads of torch and of numba that wait for work in turn would take the cores from each other.
 # torch loads its OpenMP for all, and so numba's loops run on it, if they are OpenMP's.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+# LLVM keeps to half of what AVX-512 is wide unless told; loops that compute much gain a third.
+_HOST = llvmlite.binding.get_host_cpu_features()
+if numba.config.CPU_FEATURES is None and _HOST.get("avx512f"):
+    numba.config.CPU_FEATURES = _HOST.flatten() + ",-prefer-256-bit"
 
 _F32 = np.float32
 # What lets a sum be taken in lanes; NaN and infinity stay what they are.
 _FAST: Any = {"contract", "reassoc", "nsz", "arcp"}
+# Logits of a table made at once: their product takes as long as a few calls' preparations.
+TABLE_LOGITS = 2**22
 # Rows from which a second thread pays.
 _WORTH_SHARING = 64
 # What numba was last told in this thread.
@@ -93,6 +99,33 @@ def _times_power(context: Any, x: Any, k: Any) -> Any:
 
 
 @intrinsic
+def _times_power_of(context: Any, x: Any, shifted: Any) -> Any:
+    """x·2^k for the whole k of `shifted` = 1.5·2^23 + k, whose last bits it is."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        power = builder.shl(builder.bitcast(args[1], _I32), _I32(23))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], _I32), power), _FLOAT)
+
+    return types.float32(types.float32, types.float32), bits
+
+
+@intrinsic
+def _nearly(context: Any, x: Any, like: Any) -> Any:
+    """As `_rounded`, but halves go up: three operations less, for what nobody compares."""
+
+    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nearest = builder.add(builder.bitcast(args[0], _I32), _I32(0x8000))
+        return builder.trunc(builder.lshr(nearest, _I32(16)), _I16)
+
+    if like == types.uint16:
+        return types.uint16(types.float32, types.uint16), bits
+    return (
+        types.float32(types.float32, types.float32),
+        lambda context, builder, signature, args: args[0],
+    )
+
+
+@intrinsic
 def _order(context: Any, x: Any) -> Any:
     """A whole number that grows with the float32 (NaN above or under all): the largest of whole
     numbers is found in lanes."""
@@ -131,6 +164,9 @@ def _array(tensor: Tensor | None) -> Any:
     """The tensor's memory as numba takes it."""
     if tensor is None:
         return None
+    made = vars(tensor).get("array")
+    if made is not None:
+        return made
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_contiguous():
@@ -138,33 +174,40 @@ def _array(tensor: Tensor | None) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
-
-
-def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of its own."""
-    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-
-
 class Room:
-    """Memory that is taken again under the same name: what is fresh costs a CPU as much as what is
-    done with it. Whoever takes is done with what it took before."""
+    """Memory that is taken again under the same name and shape: what is fresh costs a CPU as much
+    as what is done with it. Whoever takes is done with what it took before.
+
+    What numba takes of a tensor is kept too: at the size of a batch, to ask for it anew takes
+    longer than a loop does.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[object, ...], Tensor] = {}
+        self.given: dict[str, tuple[Tensor, Any]] = {}
+        self.parts: dict[tuple[object, ...], Room] = {}
 
-    def __call__(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, owner: object = None
-    ) -> Tensor:
-        key = owner, name, dtype
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        key = name, *shape, dtype
         kept = self.kept.get(key)
-        if kept is None or kept.shape[1:] != tuple(shape[1:]) or len(kept) < shape[0]:
-            kept = self.kept[key] = fresh(name, shape, dtype)
-        return kept if len(kept) == shape[0] else kept[: shape[0]]
+        if kept is None:
+            kept = self.kept[key] = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+            vars(kept)["array"] = _array(kept.detach())  # of its own it would never be freed
+        return kept
 
-    def of(self, *owner: object) -> Take:
+    def array(self, name: str, tensor: Tensor) -> Any:
+        """`_array` of one that is likely to be the same every time, and in the same place."""
+        given = self.given.get(name)
+        if given is None or given[0] is not tensor:
+            given = self.given[name] = tensor, _array(tensor)
+        return given[1]
+
+    def of(self, *owner: object) -> Room:
         """The part that has names of its own."""
-        return functools.partial(self, owner=owner)
+        part = self.parts.get(owner)
+        if part is None:
+            part = self.parts[owner] = Room()
+        return part
 
 
 def _empty(*shape: int) -> Tensor:
@@ -196,6 +239,7 @@ def _norm_rows(
     moments: Any,
     out: Any,
     rounded: Any,
+    column: Any,
 ) -> None:
     width = product.shape[1]
     row = np.empty(width, _F32)
@@ -219,8 +263,9 @@ def _norm_rows(
         for j in range(width):
             out[r, j] = row[j]
         if rounded is not None:
+            part = rounded[r, column : column + width]
             for j in range(width):
-                rounded[r, j] = _rounded(row[j], rounded[r, j])
+                part[j] = _rounded(row[j], part[j])
 
 
 @_shared
@@ -238,25 +283,46 @@ def residual_norm(
     shift: Tensor,
     eps: float,
     keep: bool,
-    take: Take = fresh,
+    room: Room | None = None,
+    place: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """LayerNorm(residual + ReLU(product + bias)) of [B, W] each.
 
     Args:
         keep: what the gradient takes.
-        take: where the results go.
+        room: for the results.
+        place: where the second of them goes instead: the columns of a matrix from the given one on.
 
     Returns:
         The result in float32, the same in the product's type, and mean and inverse deviation of the
         rows under the LayerNorm [B, 2], if they are to be kept.
     """
-    out, shape = take("out", product.shape, torch.float32), product.shape
-    rounded = None if product.dtype == torch.float32 else take("rounded", shape, product.dtype)
-    moments = take("moments", (len(product), 2), torch.float32) if keep else None
-    given = [_array(t) for t in (product, bias, residual, scale, shift)]
-    made = [_array(t) for t in (moments, out, rounded)]
-    _norm(_parts(len(product)), *given, _F32(eps), *made)
-    return out, out if rounded is None else rounded, moments
+    room = room or Room()
+    shape, dtype = product.shape, product.dtype
+    out = room("out", shape, torch.float32)
+    if place is not None:
+        rounded, column = place
+        view = rounded[:, column : column + shape[1]]
+    elif dtype != torch.float32:
+        view = rounded = room("rounded", shape, dtype)
+        column = 0
+    else:
+        view, rounded, column = out, None, 0
+    moments = room("moments", (shape[0], 2), torch.float32) if keep else None
+    _norm(
+        _parts(shape[0]),
+        _array(product),
+        room.array("bias", bias),
+        room.array("residual", residual),
+        room.array("scale", scale),
+        room.array("shift", shift),
+        _F32(eps),
+        _array(moments),
+        _array(out),
+        _array(rounded),
+        column,
+    )
+    return out, view, moments
 
 
 @_loop
@@ -319,6 +385,8 @@ def _norm_backward(parts: int, sums: Any, *given: Any) -> None:
     rows = len(given[0])
     for k in numba.prange(parts):
         _norm_backward_rows(rows * k // parts, rows * (k + 1) // parts, sums[k], *given)
+    for k in range(1, parts):
+        sums[0] += sums[k]
 
 
 def residual_norm_backward(
@@ -329,21 +397,37 @@ def residual_norm_backward(
     residual: Tensor,
     scale: Tensor,
     moments: Tensor,
-    take: Take = fresh,
+    room: Room | None = None,
+    backward: Room | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `residual_norm`, whose result has the gradient `gradient` + `more` [B, W].
+
+    Args:
+        room: that `residual_norm` had; backward: for the results, and not where `gradient` is.
 
     Returns:
         Those of the residual, of the product in its type [B, W], and of scale, shift and
         bias [3, W].
     """
-    into = take("into", product.shape, product.dtype)
-    back = take("back", product.shape, torch.float32)
-    parts = _parts(len(product))
+    room, backward = room or Room(), backward or Room()
+    into = backward("into", product.shape, product.dtype)
+    back = backward("back", product.shape, torch.float32)
+    parts = _parts(product.shape[0])
     sums = _empty(parts, 3, product.shape[1])
-    given = (gradient, more, product, bias, residual, scale, moments, into, back)
-    _norm_backward(parts, _array(sums), *[_array(t) for t in given])
-    return back, into, sums.sum(0)
+    _norm_backward(
+        parts,
+        _array(sums),
+        _array(gradient),
+        _array(more),
+        _array(product),
+        room.array("bias", bias),
+        room.array("residual", residual),
+        room.array("scale", scale),
+        _array(moments),
+        _array(into),
+        _array(back),
+    )
+    return back, into, sums[0]
 
 
 # Gaussian draws
@@ -391,19 +475,25 @@ def _normal(x: Any) -> Any:
     return (p if w < _F32(5) else q) * x
 
 
+@_function
+def _uniform(word: Any) -> Any:
+    """The middle of one of 2^24 intervals from -1 to 1, by the last bits of `word`."""
+    return (_F32(np.int32(word & np.uint64(0xFFFFFF))) - _F32(8388607.5)) * _F32(2.0**-23)
+
+
 @_loop
 def _normals_rows(first: int, last: int, out: Any, around: Any, seed: Any, std: Any) -> None:
     width = out.shape[1]
-    row = np.empty(width, _F32)
+    half = (width + 1) // 2
+    row = np.empty(2 * half, _F32)
     for r in range(first, last):
-        state = seed + np.uint64(r * width + 1) * _STEP
-        for j in range(width):
+        state = seed + np.uint64(r * half + 1) * _STEP
+        for j in range(half):
             z = state + np.uint64(j) * _STEP
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
-            # The middle of one of 2^24 intervals
-            row[j] = (_F32(np.int32(z >> np.uint64(40))) - _F32(8388607.5)) * _F32(2.0**-23)
+            row[j], row[half + j] = _uniform(z >> np.uint64(40)), _uniform(z >> np.uint64(8))
         for j in range(width):
             row[j] = _normal(row[j]) * std
         if around is not None:
@@ -426,17 +516,18 @@ def normals(out: Tensor, std: float, around: Tensor | None, seed: int) -> int:
     `around`, as large; of 2^24 values each, up to 5.4 deviations.
 
     Args:
-        seed: state of a SplitMix64 (Steele, Lea and Flood 2014).
+        seed: state of a SplitMix64 (Steele, Lea and Flood 2014), each word of which serves two.
 
     Returns:
-        Its state after them: the draws are the same in any number of calls and of parts.
+        Its state after them: rows are drawn the same in any number of calls and of parts.
     """
     if out.ndim == 1:
         return normals(out[None], std, None if around is None else around[None], seed)
     assert out.is_contiguous()
     given = _array(out), _array(around), np.uint64(seed), _F32(std * 2**0.5)
     _normals(_parts(len(out)), *given)
-    return (seed + out.numel() * int(_STEP)) % 2**64
+    words = len(out) * ((out.shape[1] + 1) // 2)
+    return (seed + words * int(_STEP)) % 2**64
 
 
 # Phase 1's loss
@@ -507,12 +598,12 @@ def _pull(parts: int, *given: Any) -> None:
 
 
 def group_loss(
-    made: Tensor, previous: Tensor, dist_reg_weight: float, take: Take = fresh
+    made: Tensor, previous: Tensor, dist_reg_weight: float, room: Room | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`phase1.group_loss` of float32 [K, G, D], and [K, G, D] in any type."""
     groups, size, width = made.shape
     losses, diversity, change = _empty(groups), _empty(groups), _empty(groups, size)
-    gradient = take("gradient", made.shape, torch.float32)
+    gradient = (room or Room())("gradient", made.shape, torch.float32)
     parts = _parts(size)
     sums, squares = np.empty((parts, width)), np.empty((parts, 1))
     for k in range(groups):
@@ -533,65 +624,128 @@ def group_loss(
 # Phase 2's loss
 
 
+_PER_NAT = _F32(1.44269504088896341)
+# Doublings by which a bound on the logits may be above them all.
+_REACH = _F32(150)
+
+
+@_function
+def _power_of_two(x: Any) -> Any:
+    """2^x for a float32 up to 126, to 1e-7; under -126 the smallest normal number."""
+    x = max(x, _F32(-126))
+    shifted = _F32(x + _F32(12582912))
+    y = x - _F32(shifted - _F32(12582912))
+    # Least largest relative error from -½ to ½
+    p = (_F32(0.0013276466634) * y + _F32(0.0096755409613)) * y + _F32(0.0555071346343)
+    p = ((p * y + _F32(0.2402212023735)) * y + _F32(0.6931469440460)) * y + _F32(1.0000001192093)
+    return _times_power_of(p, shifted)
+
+
 @_loop
-def _attended_rows(
+def _weighed_rows(
     first: int,
     last: int,
+    logits: Any,
     query: Any,
+    longest: Any,
+    target: Any,
+    share: Any,
+    nats: Any,
+    scale: Any,
+) -> None:
+    width = logits.shape[1]
+    for r in range(first, last):
+        square = _F32(0)
+        for j in range(query.shape[1]):
+            square += _wide(query[r, j]) * _wide(query[r, j])
+        bound = np.sqrt(square) * longest * _PER_NAT  # of the logits, on either side
+        if _F32(2) * bound > _REACH:
+            largest = _order(_wide(logits[r, 0]))
+            for j in range(1, width):
+                largest = _larger(largest, _order(_wide(logits[r, j])))
+            bound = _ordered(largest) * _PER_NAT
+        # The largest weight is 2^60 at most, and 2^-90 at least.
+        top = bound - _F32(60)
+        right = _wide(logits[r, target[r]]) * _PER_NAT - top
+        whole = _F32(0)
+        for j in range(width):
+            weight = _power_of_two(_wide(logits[r, j]) * _PER_NAT - top)
+            whole += weight
+            logits[r, j] = _nearly(weight, logits[r, j])
+        nats[r] = np.log(np.float64(whole)) - np.float64(right) / np.float64(_PER_NAT)
+        scale[r] = share / whole
+
+
+@_shared
+def _weighed(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _weighed_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+@_loop
+def _pulled_rows(
+    first: int,
+    last: int,
     expected: Any,
-    log_sum: Any,
+    scale: Any,
     table: Any,
     target: Any,
     share: Any,
     gradient: Any,
-    nats: Any,
 ) -> None:
     for r in range(first, last):
         k = target[r]
-        logit = _F32(0)
-        for j in range(query.shape[1]):
-            right = _wide(table[k, j])
-            logit += _wide(query[r, j]) * right
-            gradient[r, j] = (_wide(expected[r, j]) - right) * share
-        nats[r] = log_sum[r] - logit
+        for j in range(expected.shape[1]):
+            gradient[r, j] = _wide(expected[r, j]) * scale[r] - _wide(table[k, j]) * share
 
 
 @_shared
-def _attended(parts: int, *given: Any) -> None:
+def _pulled(parts: int, *given: Any) -> None:
     rows = len(given[0])
     for k in numba.prange(parts):
-        _attended_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+        _pulled_rows(rows * k // parts, rows * (k + 1) // parts, *given)
 
 
-def attended_loss(
-    query: Tensor, expected: Tensor, log_sum: Tensor, table: Tensor, target: Tensor
+def table_loss(
+    query: Tensor, table: Tensor, longest: float, target: Tensor, room: Room | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `target` [B] under softmax(query·tableᵀ), and the gradient of its mean.
 
+    The logits become the softmax's weights in their place, and are in the cache when the second
+    product reads them.
+
     Args:
-        query: [B, E]; expected: softmax(query·tableᵀ)·table [B, E]; table: [V, E].
-        log_sum: float32 [B], the logarithm of the sum under the softmax.
+        query: [B, E]; table: [V, E], in the same type.
+        longest: the largest norm of the table's rows.
+        room: for the logits.
 
     Returns:
         float32 [B], and that of the query [B, E].
     """
-    gradient, nats = _empty(*query.shape), _empty(len(query))
-    given = [_array(t) for t in (query, expected, log_sum, table, target)]
-    made = _array(gradient), _array(nats)
-    _attended(_parts(len(query)), *given, _F32(1 / len(query)), *made)
+    room = room or Room()
+    (rows, width), share = query.shape, _F32(1 / len(query))
+    gradient, nats, scale = _empty(rows, width), _empty(rows), _empty(rows)
+    expected = room("expected", query.shape, query.dtype)
+    at_once = max(1, TABLE_LOGITS // len(table))
+    for first in range(0, rows, at_once):
+        some = slice(first, min(first + at_once, rows))
+        size = some.stop - first
+        logits = torch.mm(query[some], table.T, out=room("logits", (size, len(table)), query.dtype))
+        _weighed(
+            _parts(size),
+            _array(logits),
+            _array(query[some]),
+            _F32(longest),
+            _array(target[some]),
+            share,
+            _array(nats[some]),
+            _array(scale[some]),
+        )
+        torch.mm(logits, table, out=expected[some])
+    given = [_array(t) for t in (expected, scale, table, target)]
+    _pulled(_parts(rows), *given, share, _array(gradient))
     return nats, gradient
-
-
-@_function
-def _exponential(x: Any) -> Any:
-    """exp of a float32 up to zero; under -87 the smallest normal number."""
-    x = max(x, _F32(-87))
-    k = _F32(_F32(x * _F32(1.44269504088896341) + _F32(12582912)) - _F32(12582912))  # whole
-    y = x - k * _F32(0.693359375)  # ln 2 in two parts
-    y = y + k * _F32(2.12194440e-4)
-    p = (_F32(1 / 5040) * y + _F32(1 / 720)) * y + _F32(1 / 120)
-    p = ((p * y + _F32(1 / 24)) * y + _F32(1 / 6)) * y + _F32(1 / 2)
-    return _times_power(p * y * y + y + _F32(1), k)
 
 
 @_loop
@@ -611,7 +765,7 @@ def _judged_rows(first: int, last: int, logits: Any, target: Any, nats: Any, cor
             few = _F32(0)
             some = logits[r, start : start + 512]
             for j in range(len(some)):
-                few += _exponential(some[j] - top)
+                few += _power_of_two((some[j] - top) * _PER_NAT)
             whole += few
         nats[r] = np.log(whole) + (np.float64(top) - np.float64(right))
         correct[r] = reached == _F32(1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from cvfp.data import Tokenizer
-    from cvfp.kernels import Room, Take
+    from cvfp.kernels import Room
 
 WEIGHT_STD = 0.1
 BIAS_STD = 0.01
@@ -94,14 +94,16 @@ def looped(parameter: Tensor) -> bool:
 
 
 class ResidualNorm:
-    """LayerNorm(residual + ReLU(bias + Σ a·b)) [B, W], which both blocks' layers end in, and its
+    """LayerNorm(residual + ReLU(bias + a·b)) [B, W], which is a layer of either block, and its
     gradients by hand: autograd keeps more, casts more and takes more passes.
 
     Args:
-        bias: [W], and the factors a [B, K], b [K, W], in the type of the products.
-        residual: [B, W], in any type.
+        a: [B, K], and b [K, W], in the type of the products.
+        bias: [W]; residual: [B, W], both in any type.
         keep: what the gradients take.
-        take: on a CPU, where the results go; None: into memory of their own.
+        room: on a CPU, for the results; None: memory of their own.
+        place: a matrix in the type of the products, and from which of its columns on it takes the
+            rounded result.
 
     Attributes:
         out: the result, in the type of the LayerNorm's parameters.
@@ -110,38 +112,40 @@ class ResidualNorm:
 
     def __init__(
         self,
+        a: Tensor,
+        b: Tensor,
         bias: Tensor,
-        factors: Sequence[tuple[Tensor, Tensor]],
         residual: Tensor,
         scale: Tensor,
         shift: Tensor,
         eps: float,
         keep: bool = False,
-        take: Take | None = None,
+        room: Room | None = None,
+        place: tuple[Tensor, int] | None = None,
     ) -> None:
-        (a, b), *others = factors
         self.looped = looped(scale)
+        self.room = room
         self.kept: tuple[Any, ...] = ()
         if self.looped:
             from cvfp import kernels
 
-            take = take or kernels.fresh
-            product = torch.mm(a, b, out=take("product", (len(a), b.shape[1]), a.dtype))
-            for a, b in others:
-                product.addmm_(a, b)
+            room = self.room = room or kernels.Room()
+            product = torch.mm(a, b, out=room("product", (a.shape[0], b.shape[1]), a.dtype))
             moments: Any
             self.out, self.rounded, moments = kernels.residual_norm(
-                product, bias, residual, scale, shift, eps, keep, take
+                product, bias, residual, scale, shift, eps, keep, room, place
             )
             under = residual
         else:
-            product = torch.addmm(bias, a, b)
-            for a, b in others:
-                product.addmm_(a, b)
+            product = torch.addmm(bias.to(a.dtype), a, b)
             under = exact_sum(product.relu_(), residual.to(scale.dtype))
             # with mean and inverse deviation
             self.out, *moments = torch.native_layer_norm(under, scale.shape, scale, shift, eps)
-            self.rounded = self.out.to(product.dtype)
+            if place is None:
+                self.rounded = self.out.to(product.dtype)
+            else:
+                matrix, column = place
+                self.rounded = matrix[:, column : column + b.shape[1]].copy_(self.out)
         if keep:
             self.kept = bias, scale, shift, product, under, moments
 
@@ -149,7 +153,7 @@ class ResidualNorm:
         self,
         gradient: Tensor,
         added: tuple[Tensor, Tensor] | None = None,
-        take: Take | None = None,
+        room: Room | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor] | Tensor]:
         """Gradients of the residual, of the product (in its type), and of scale, shift and bias.
 
@@ -157,18 +161,18 @@ class ResidualNorm:
             gradient: that of `out`.
             added: two matrices in the type of the products, whose product `gradient` lacks; its
                 place is then taken.
-            take: as above, and not where `gradient` and `added` are.
+            room: as above, and not where `gradient` and `added` are.
         """
         bias, scale, shift, product, under, moments = self.kept
         if self.looped:
             from cvfp import kernels
 
-            take = take or kernels.fresh
+            room = room or kernels.Room()
             more = None
             if added is not None:
-                more = torch.mm(*added, out=take("more", product.shape, product.dtype))
+                more = torch.mm(*added, out=room("more", product.shape, product.dtype))
             return kernels.residual_norm_backward(
-                gradient, more, product, bias, under, scale, moments, take
+                gradient, more, product, bias, under, scale, moments, self.room, room
             )
         if added is not None:
             gradient = add_product(gradient, *added)
@@ -275,10 +279,11 @@ def normalised_rows(table: Tensor) -> Tensor:
 class ContextLayer(NamedTuple):
     """One layer of a ContextBlock as a step applies it."""
 
-    weight: Tensor  # [read, width]: the columns of c, transposed
-    bias: Tensor | None  # [width]; None where it came with the tokens' share
+    weight: Tensor  # [K, width], transposed: of c and, where the layer sees the tokens, of e
+    bias: Tensor  # [width]
     residual: tuple[Tensor, Tensor] | None  # weight and bias; None: the identity
     norm: nn.LayerNorm
+    read: int  # the width of c
 
     @property
     def norming(self) -> tuple[Tensor, Tensor, float]:
@@ -342,15 +347,6 @@ class ContextBlock(nn.Module):
         layers = zip(self._linears(), self.sees_tokens, strict=True)
         return torch.cat([linear.bias for linear, sees in layers if sees])
 
-    def token_columns(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
-        """The same layer by layer, in `dtype`: columns, transposed [n·E, width], and bias."""
-        return [
-            (linear.weight[:, -self.input_dim :].t().to(dtype), linear.bias.to(dtype))
-            if sees
-            else None
-            for linear, sees in zip(self._linears(), self.sees_tokens, strict=True)
-        ]
-
     def _linears(self) -> Iterable[nn.Linear]:
         return cast(Iterable[nn.Linear], self.linears)
 
@@ -364,15 +360,16 @@ class ContextBlock(nn.Module):
         reads = [self.context_dim, *self.widths[:-1]]
         return [
             ContextLayer(
-                linear.weight[:, :read].t().to(dtype),
-                None if sees else linear.bias.to(dtype),
+                linear.weight.to(dtype).t(),
+                linear.bias.to(dtype),
                 (residual.weight.to(dtype), residual.bias.to(dtype))
                 if isinstance(residual, nn.Linear)
                 else None,
                 norm,
+                read,
             )
-            for linear, read, sees, residual, norm in zip(
-                self._linears(), reads, self.sees_tokens, self.residuals, norms, strict=True
+            for linear, residual, norm, read in zip(
+                self._linears(), self.residuals, norms, reads, strict=True
             )
         ]
 
@@ -388,10 +385,10 @@ class ContextBlock(nn.Module):
         """One application to c [B, D] and the share: each layer's output [B, widths[i]]."""
         outputs = []
         shares = iter(share.split([w for w in self.share_widths if w], dim=-1))
-        for layer in layers or self.layers():
-            bias = next(shares) if layer.bias is None else layer.bias
+        for layer, sees in zip(layers or self.layers(), self.sees_tokens, strict=True):
+            bias = next(shares) if sees else layer.bias
             read = context.to(layer.weight.dtype)
-            product = torch.addmm(bias, read, layer.weight)
+            product = torch.addmm(bias, read, layer.weight[: layer.read])
             kept = context if layer.residual is None else F.linear(read, *layer.residual)
             made = exact_sum(F.relu(product, inplace=True), kept)
             context = layer.norm(made.to(layer.norm.weight.dtype))
@@ -404,31 +401,47 @@ class ContextBlock(nn.Module):
         context: Tensor,
         inputs: Tensor,
         layers: Sequence[ContextLayer],
-        columns: Sequence[tuple[Tensor, Tensor] | None],
         keep: bool = False,
         room: Room | None = None,
-    ) -> list[ResidualNorm]:
-        """One application without a graph, every layer's output in two types.
+    ) -> tuple[list[ResidualNorm], list[Tensor]]:
+        """One application without a graph.
 
         Args:
             context: [B, D], in any type.
-            inputs: e [B, n·E], in the type of the products, as `layers` and `columns` are.
-            keep: what their gradients take.
+            inputs: e [B, n·E], in any type.
+            layers: in the type of the products.
+            keep: what the gradients take.
             room: on a CPU, memory for the outputs, which the next application takes again.
+
+        Returns:
+            Every layer's output in two types, and what it read, [B, K]: c and, where the layer sees
+            the tokens, e beside it. One product of both is faster than the sum of two.
         """
+        dtype, rows = layers[0].weight.dtype, len(context)
+        rooms = [None if room is None else room.of("context layer", i) for i in range(len(layers))]
+        reads = []
+        for layer, mine in zip(layers, rooms, strict=True):
+            size = rows, len(layer.weight)
+            if mine is None:
+                reads.append(torch.empty(size, dtype=dtype, device=context.device))
+            else:
+                reads.append(mine("read", size, dtype))
+            if layer.read < size[1]:
+                reads[-1][:, layer.read :].copy_(inputs)
+        reads[0][:, : layers[0].read].copy_(context)
         made: list[ResidualNorm] = []
-        read = context.to(layers[0].weight.dtype)
-        for i, (layer, tokens) in enumerate(zip(layers, columns, strict=True)):
-            factors, bias = [(read, layer.weight)], layer.bias
-            if tokens is not None:
-                factors.append((inputs, tokens[0]))
-                bias = tokens[1]
-            assert bias is not None
-            residual = context if layer.residual is None else F.linear(read, *layer.residual)
-            take = None if room is None else room.of("context layer", i)
-            made.append(ResidualNorm(bias, factors, residual, *layer.norming, keep, take))
-            context, read = made[-1].out, made[-1].rounded
-        return made
+        for i, (layer, mine, read) in enumerate(zip(layers, rooms, reads, strict=True)):
+            residual = context
+            if layer.residual is not None:
+                residual = F.linear(read[:, : layer.read], *layer.residual)
+            place = (reads[i + 1], 0) if i + 1 < len(layers) else None
+            made.append(
+                ResidualNorm(
+                    read, layer.weight, layer.bias, residual, *layer.norming, keep, mine, place
+                )
+            )
+            context = made[-1].out
+        return made, reads
 
     def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
         """c [B, D], e [B, n·E] -> all layers' outputs; the last is the new context [B, D]."""
@@ -444,9 +457,10 @@ class TokenBlock(nn.Module):
     def __init__(self, widths: Sequence[int], embedding_dim: int, input_dim: int) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        reads = [input_dim] + [embedding_dim] * (len(widths) - 1)
+        self.reads = [input_dim] + [embedding_dim] * (len(widths) - 1)  # of h
         self.linears = nn.ModuleList(
-            Linear(width + read, embedding_dim) for width, read in zip(widths, reads, strict=True)
+            Linear(width + read, embedding_dim)
+            for width, read in zip(widths, self.reads, strict=True)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in widths)
 
@@ -462,7 +476,8 @@ class TokenBlock(nn.Module):
         Args:
             dtype: that the products are taken in; None: autocast's, or that of the weights.
             room: on a CPU, memory for all there is to keep, which the next call takes again: h and
-                its gradients are for use before that.
+                its gradients are for use before that. Contexts are then given in that type, with
+                room for h beside each: [B, widths[i] + read].
         """
         if dtype is None:  # what a caller's autocast asks for, if there is one
             device = inputs.device.type
@@ -502,22 +517,24 @@ class _TokenLayers(torch.autograd.Function):
         with torch.autocast(inputs.device.type, enabled=False):
             for i, context in enumerate(contexts):
                 weight, bias, scale, shift = parameters[4 * i : 4 * i + 4]
-                width, size = context.shape[-1], (len(hidden), weight.shape[1])
-                seen = context.flatten(0, -2)
-                take = None if room is None else room.of("token layer", i)
-                if take is None:
+                width = weight.shape[1] - read.shape[1]
+                both, mine, place = context.flatten(0, -2), None, None
+                if room is None:
                     columns = weight.to(dtype)
-                    both = torch.cat([seen.to(dtype), read.to(dtype)], dim=1)
+                    both = torch.cat([both.to(dtype), read.to(dtype)], dim=1)
                 else:
-                    columns = take("columns", weight.shape, dtype).copy_(weight)
-                    both = take("both", size, dtype)
-                    both[:, :width].copy_(seen)
-                    both[:, width:].copy_(read)
+                    mine = room.of("token layer", i)
+                    columns = mine("columns", weight.shape, dtype).copy_(weight)
+                    if i == 0:
+                        both[:, width:].copy_(read)
+                    if i + 1 < layers:
+                        after = contexts[i + 1]
+                        place = after, after.shape[1] - len(weight)
                 kept = hidden[:, -len(weight) :]
                 made = ResidualNorm(
-                    bias.to(dtype), [(both, columns.t())], kept, scale, shift, eps, True, take
+                    both, columns.t(), bias, kept, scale, shift, eps, True, mine, place
                 )
-                ctx.kept.append((both, columns[:, :width], columns[:, width:], made))
+                ctx.kept.append((both, columns, width, made))
                 hidden, read = made.out, made.rounded
         return hidden.view(shape)
 
@@ -530,14 +547,16 @@ class _TokenLayers(torch.autograd.Function):
         added: tuple[Tensor, Tensor] | None = None
         gradient = gradient.flatten(0, -2)
         with torch.autocast(gradient.device.type, enabled=False):
-            for i, (both, for_context, for_hidden, made) in reversed(list(enumerate(ctx.kept))):
-                take = None if room is None else room.of("gradients", i % 2)
-                gradient, into, sums = made.backward(gradient, added, take)
+            for i, (both, columns, width, made) in reversed(list(enumerate(ctx.kept))):
+                mine = None if room is None else room.of("gradients", i % 2)
+                gradient, into, sums = made.backward(gradient, added, mine)
                 for_weight = exact_product(into.t(), both, exact)
                 for_parameters[:0] = [for_weight, sums[2], sums[0], sums[1]]
-                for_seen = exact_product(into, for_context, exact) if needed[1 + i] else None
-                for_contexts.insert(0, None if for_seen is None else for_seen.view(*shape, -1))
-                added = into, for_hidden
+                for_seen = None
+                if needed[1 + i]:
+                    for_seen = exact_product(into, columns[:, :width], exact).view(*shape, -1)
+                for_contexts.insert(0, for_seen)
+                added = into, columns[:, width:]
             for_inputs = None
             if needed[0] and added is not None:
                 for_inputs = exact_product(*added, exact)

@@ -98,7 +98,7 @@ def group_loss(
     if looped(contexts):
         from cvfp import kernels
 
-        return kernels.group_loss(contexts, previous, dist_reg_weight, room or kernels.fresh)
+        return kernels.group_loss(contexts, previous, dist_reg_weight, room)
     size, width = contexts.shape[1:]
     delta = contexts - previous
     change = torch.linalg.vector_norm(delta, dim=2).square() / width
@@ -119,8 +119,8 @@ class Step:
     Autograd would keep more, cast more and add up more: a third of an iteration's time.
 
     Args:
-        layers, columns: of the block, in the type of the products; `columns` are what multiplies
-            the tokens, [n·E, width], and their bias, None where a layer does not see them.
+        layers: of the block, in the type of the products.
+        context: [B, D]; inputs: e [B, n·E].
 
     Attributes:
         made: the new contexts [B, D]; rounded: the same in the type of the products.
@@ -130,42 +130,36 @@ class Step:
         self,
         block: ContextBlock,
         layers: Sequence[ContextLayer],
-        columns: Sequence[tuple[Tensor, Tensor] | None],
         context: Tensor,
         inputs: Tensor,
         room: Room | None = None,
     ) -> None:
-        self.block, self.layers, self.inputs = block, layers, inputs
-        self.read = context.to(inputs.dtype)
-        self.outputs = block.outputs(context, inputs, layers, columns, keep=True, room=room)
-        self.room = room
+        self.block, self.layers, self.room = block, layers, room
+        self.outputs, self.reads = block.outputs(context, inputs, layers, keep=True, room=room)
         self.made, self.rounded = self.outputs[-1].out, self.outputs[-1].rounded
 
     def backward(self, gradient: Tensor) -> None:
         """Add the gradients of the parameters, given that of `made`, to what they have."""
         exact, block, added = gradient.dtype, self.block, None
         for i in reversed(range(len(self.layers))):
-            layer, made = self.layers[i], self.outputs.pop()
-            read = self.outputs[-1].rounded if i else self.read
-            norm, linear, width = layer.norm, block.linears[i], read.shape[1]
-            take = None if self.room is None else self.room.of("gradients", i % 2)
-            gradient, into, sums = made.backward(gradient, added, take)
+            layer, made, read = self.layers[i], self.outputs.pop(), self.reads.pop()
+            norm, linear = layer.norm, block.linears[i]
+            room = None if self.room is None else self.room.of("gradients", i % 2)
+            gradient, into, sums = made.backward(gradient, added, room)
             for parameter, summed in zip((norm.weight, norm.bias, linear.bias), sums, strict=True):
                 _add(parameter, summed)
-            _add(linear.weight, exact_product(into.t(), read, exact), slice(0, width))
-            if layer.bias is None:
-                more = exact_product(into.t(), self.inputs, exact)
-                _add(linear.weight, more, slice(width, None))
+            _add(linear.weight, exact_product(into.t(), read, exact))
             if layer.residual is not None:
                 residual, rounded = block.residuals[i], gradient.to(read.dtype)
-                _add(residual.weight, exact_product(rounded.t(), read, exact))
+                of_context = read[:, : layer.read]
+                _add(residual.weight, exact_product(rounded.t(), of_context, exact))
                 _add(residual.bias, rounded.sum(0, dtype=exact))
                 gradient = exact_product(rounded, layer.residual[0], exact)
-            added = into, layer.weight.t()
+            added = into, layer.weight[: layer.read].t()
 
 
-def _add(parameter: Any, gradient: Tensor, columns: slice = slice(None)) -> None:
-    parameter.grad[..., columns] += gradient
+def _add(parameter: Any, gradient: Tensor) -> None:
+    parameter.grad += gradient
 
 
 @torch.no_grad()
@@ -195,8 +189,9 @@ def train(
     draw = seeds.normals(generator)
     total, width = len(inputs), block.context_dim
     size = min(experiment.loss_group, total)
-    # What a number costs: read, active and total of every layer, and half a dozen besides.
-    most = memory.pass_bytes(device) // (8 * len(block.linears) + 24)
+    # What a number costs: read, product and sum of every layer, and half a dozen besides.
+    wide = 1 + block.input_dim / width
+    most = memory.pass_bytes(device) // int((6 + 2 * wide) * len(block.linears) + 24)
     whole = max(1, min(PASS[device.type], most) // (size * width)) * size
     end = total - total % size
     passes = [slice(i, min(i + whole, end)) for i in range(0, end, whole)]
@@ -219,7 +214,7 @@ def train(
         losses = torch.zeros(2, device=device)
         for parameter in block.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        layers, columns = block.layers(dtype), block.token_columns(dtype)
+        layers = block.layers(dtype)
         # Token t reads the context of t-1; token 0 that of the last (a ring). The new contexts
         # take the old ones' place, pass by pass: `last` is what the next pass has to read first.
         last = contexts[-1:].to(device, copy=True)
@@ -234,7 +229,7 @@ def train(
             shape = (-1, min(size, len(read)), width)
             for group, around in zip(read.view(shape), before.view(shape), strict=True):
                 draw(group, experiment.phase1_noise, around)  # the same however groups are passed
-            step = Step(block, layers, columns, read, inputs.dense(part), room)
+            step = Step(block, layers, read, inputs.dense(part), room)
             grouped = step.made.view(shape), previous.view(shape)
             each, diversity, changed, gradient = group_loss(
                 *grouped, experiment.dist_reg_weight, room

@@ -85,8 +85,7 @@ class Positions:
         self.total = len(tokens) - 1  # the last token has no successor
         self.dtype = product_type(precision, self.context_inputs.table)
         with torch.no_grad():
-            block = model.context_block
-            self.layers, self.columns = block.layers(self.dtype), block.token_columns(self.dtype)
+            self.layers = model.context_block.layers(self.dtype)
 
     def reads(self, positions: Tensor) -> Tensor:
         """The contexts that `positions` read: [B, D], on the model's device."""
@@ -101,20 +100,28 @@ class Positions:
     def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock reads `reads`
         [B, D] and sees `seen` [B, n·E]: [B, widths[i]] each."""
-        block = self.model.context_block
-        made = block.outputs(reads, seen.to(self.dtype), self.layers, self.columns, room=self.room)
+        made, _ = self.model.context_block.outputs(reads, seen, self.layers, room=self.room)
         return [output.rounded for output in made]
 
     @torch.no_grad()
     def fixed(self, positions: Tensor, reads: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """What training does not change: e [B, n·E] as the ContextBlock sees it, and its outputs.
+        """What training does not change: e [B, n·E] as the ContextBlock sees it, and its outputs,
+        with room for h beside them while memory is reused.
 
         Args:
             reads: the contexts that `positions` read, if they are at hand.
         """
         seen = self.context_inputs.dense(positions)
         reads = self.reads(positions) if reads is None else reads
-        return seen, self.outputs(positions, reads, seen)
+        outputs = self.outputs(positions, reads, seen)
+        if self.room is None:
+            return seen, outputs
+        joined = []
+        for i, (output, read) in enumerate(zip(outputs, self.model.token_block.reads, strict=True)):
+            size = len(output), output.shape[1] + read
+            joined.append(self.room.of("token reads", i)("both", size, self.dtype))
+            joined[-1][:, : output.shape[1]].copy_(output)
+        return seen, joined
 
     def hidden(
         self,
@@ -134,16 +141,18 @@ class Positions:
 
     @contextmanager
     def reusing(self) -> Iterator[None]:
-        """On a CPU, take the same memory every time: what `fixed` and `hidden` make is for use
-        before they are next called. Fresh memory costs as much as what is done with it."""
-        if looped(self.context_inputs.table):
+        """On a CPU, take the same memory every time, until the outermost of these ends: what
+        `fixed` and `hidden` make is for use before they are next called. Fresh memory costs as much
+        as what is done with it."""
+        before = self.room
+        if before is None and looped(self.context_inputs.table):
             from cvfp import kernels
 
             self.room = kernels.Room()
         try:
             yield
         finally:
-            self.room = None
+            self.room = before
 
     def logits(self, positions: Tensor, inputs: TokenInputs) -> Tensor:
         """[B, V] at `positions`."""
@@ -163,8 +172,8 @@ class NextToken:
     in the type of the products: float32 logits would be most of the memory that a step moves. The
     two [B, V] buffers are kept, since fresh ones cost as much as the softmax.
 
-    A tied head that is not trained needs no logits at all on a CPU: softmax(h·Eᵀ)·E is attention
-    with h as queries and E as keys and values, and its kernel goes through E in the cache.
+    A tied head that is not trained needs its logits on a CPU for a moment only: they become the
+    softmax's weights in their place, and weigh the table's rows (`kernels.table_loss`).
 
     Args:
         rows: most positions in a batch.
@@ -175,8 +184,8 @@ class NextToken:
         weight = model.embedding if model.head is None else model.head.weight
         device = weight.device.type
         self.dtype = product_type(precision, weight)
-        self.attends = device == "cpu" and model.head is None and not weight.requires_grad
-        tile = TILE[device] if self.dtype == torch.bfloat16 and not self.attends else 1
+        self.weighs = looped(weight) and model.head is None and not weight.requires_grad
+        tile = TILE[device] if self.dtype == torch.bfloat16 and not self.weighs else 1
         size = math.ceil(len(weight) / tile) * tile
         # Weights as the product takes them. What fills the last tile has no share in a softmax.
         self.weight: Tensor = torch.zeros(
@@ -187,6 +196,8 @@ class NextToken:
             self.bias = torch.zeros(size, dtype=self.dtype, device=weight.device)
             self.bias[len(weight) :] = -math.inf
         self.refresh()
+        self.longest = float(torch.linalg.vector_norm(self.weight.float(), dim=1).max())
+        self.room: Room | None = None
         self.logits = self.shares = self.weight.new_empty(0, 0)
 
     def refresh(self) -> None:
@@ -199,8 +210,8 @@ class NextToken:
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Of `target` [B], from h [B, E]."""
-        if self.attends:
-            return _AttentionLoss.apply(hidden, target, self.weight)
+        if self.weighs:
+            return _TableLoss.apply(hidden, target, self)
         head = self.model.head
         weight, bias = (self.model.embedding, None) if head is None else (head.weight, head.bias)
         if weight.requires_grad:
@@ -211,22 +222,15 @@ class NextToken:
         return _SoftmaxLoss.apply(hidden, weight, bias, target, self)
 
 
-class _AttentionLoss(torch.autograd.Function):
+class _TableLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        query, table = hidden.to(weight.dtype), weight[None, None]
-        # The public function keeps the log of the sum to itself.
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        expected, log_sum = attend(query[None, None], table, table, scale=1.0)
-        expected, log_sum = expected[0, 0], log_sum.view(-1)
-        if looped(hidden):
-            from cvfp import kernels
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: NextToken) -> Tensor:
+        from cvfp import kernels
 
-            nats, gradient = kernels.attended_loss(query, expected, log_sum, weight, target)
-        else:
-            right = weight.index_select(0, target)
-            gradient = (expected - right).div_(len(hidden))
-            nats = log_sum - torch.linalg.vecdot(query, right)
+        head.room = head.room or kernels.Room()
+        nats, gradient = kernels.table_loss(
+            hidden.to(head.dtype), head.weight, head.longest, target, head.room
+        )
         ctx.save_for_backward(gradient)
         return nats.mean()
 
@@ -371,7 +375,7 @@ def train(
         return head.loss(hidden, targets)
 
     steps = experiment.phase2_epochs * (train.total // size)
-    with train.reusing():
+    with train.reusing(), validation.reusing():
         return fit(
             model,
             batches,

@@ -42,8 +42,8 @@ def test_phase1_operations_are_those_of_a_step() -> None:
         parameter.grad = torch.zeros_like(parameter)
     inputs = TokenInputs(make_tokens(50), model.embedding.detach(), 1).dense()
     with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counted, torch.no_grad():
-        layers, columns = block.layers(torch.float32), block.token_columns(torch.float32)
-        step = phase1.Step(block, layers, columns, torch.randn(50, 10), inputs)
+        layers = block.layers(torch.float32)
+        step = phase1.Step(block, layers, torch.randn(50, 10), inputs)
         step.backward(torch.randn(50, 10))
     assert counted.get_total_flops() == 50 * one.phase1_flops()
 

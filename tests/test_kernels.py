@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import special
 from torch import Tensor
 
 from cvfp import kernels, phase1
@@ -110,10 +109,11 @@ def test_normals_are_split_mix_through_the_inverse(threads: int) -> None:
     seed = 2**63 + 12345
     out = torch.empty(200, 7)
     after = kernels.normals(out, 0.5, None, seed)
-    assert after == (seed + 1400 * 0x9E3779B97F4A7C15) % 2**64
-    uniform = [((word >> 40) + 0.5) / 2**24 for word in split_mix(seed, 1400)]
-    wanted = torch.from_numpy(special.ndtri(uniform)) * 0.5
-    torch.testing.assert_close(out.flatten().double(), wanted, rtol=2e-6, atol=1e-7)
+    assert after == (seed + 200 * 4 * 0x9E3779B97F4A7C15) % 2**64
+    words = torch.tensor([w >> 8 for w in split_mix(seed, 800)]).view(200, 4)  # 56 bits
+    drawn = torch.cat([words >> 32, words & 0xFFFFFF], dim=1)[:, :7]
+    wanted = torch.special.ndtri((drawn.double() + 0.5) / 2**24) * 0.5
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-6, atol=1e-7)
 
 
 def test_normals_at_the_ends_of_the_distribution() -> None:
@@ -153,22 +153,35 @@ def test_group_loss_of_equal_contexts() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOTH)
-def test_attended_loss_is_cross_entropy(dtype: torch.dtype, threads: int) -> None:
-    query, table = draws(140, 9, dtype=dtype), draws(31, 9, dtype=dtype, seed=1)
-    target = torch.arange(140) % 31
+@pytest.mark.parametrize("stretch", [0.1, 2.0, 40.0])
+def test_table_loss_is_cross_entropy(
+    dtype: torch.dtype, stretch: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of 60 rows, the logits between a bound and, for the widest, their largest."""
+    monkeypatch.setattr(kernels, "TABLE_LOGITS", 60 * 31)
+    query = draws(140, 9, dtype=dtype) * stretch
+    table, target = draws(31, 9, dtype=dtype, seed=1), torch.arange(140) % 31
+    longest = float(table.float().norm(dim=1).max())
+    bounds = 2 * query.double().norm(dim=1) * longest / math.log(2)
+    assert bool((bounds > float(kernels._REACH)).any()) == (stretch == 40)
     leaf = query.double().requires_grad_()
+    # The product's type is the logits'.
     logits = leaf @ table.double().T
+    logits = logits + (query @ table.T).double() - logits.detach()
     wanted = F.cross_entropy(logits, target, reduction="none")
     wanted.mean().backward()
-    expected, log_sum = logits.softmax(1) @ table.double(), logits.logsumexp(1)
-    nats, gradient = kernels.attended_loss(
-        query, expected.detach().to(dtype), log_sum.detach().float(), table, target
-    )
-    torch.testing.assert_close(nats.double(), wanted, rtol=1e-5, atol=1e-5)
+    nats, gradient = kernels.table_loss(query, table, longest, target)
+    torch.testing.assert_close(nats.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
     assert leaf.grad is not None
     torch.testing.assert_close(
         gradient.double(), leaf.grad, rtol=0, atol=CLOSE[dtype] * 5 / len(query)
     )
+
+
+def test_table_loss_of_what_is_not_a_number() -> None:
+    query, table = torch.tensor([[1.0], [math.nan]]), torch.tensor([[1.0], [2.0]])
+    nats, gradient = kernels.table_loss(query, table, 2.0, torch.tensor([0, 0]))
+    assert nats.isnan().tolist() == gradient[:, 0].isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("vocabulary", [3, 512, 1300])

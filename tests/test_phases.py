@@ -298,7 +298,7 @@ def test_loss_and_gradients_equal_cross_entropy(
     limit: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With logits by tiles as on a GPU, and by attention where nothing is trained."""
+    """With logits by tiles as on a GPU, and without keeping them where nothing is trained."""
     monkeypatch.setitem(phase2.TILE, "cpu", tile)
     model, target = make_model(tying=tying, freeze=freeze), torch.randint(0, 20, (12,))
     weights = [model.embedding]
@@ -307,7 +307,7 @@ def test_loss_and_gradients_equal_cross_entropy(
         torch.nn.init.normal_(model.head.bias)
         weights = [model.head.weight, model.head.bias]
     head = phase2.NextToken(model, 20, precision)
-    assert head.attends == (tying and freeze)
+    assert head.weighs == (tying and freeze)
     trained = [w for w in weights if w.requires_grad]
     for _ in range(2):  # the buffers are used again, the weights have changed
         hidden = torch.randn(12, 8, requires_grad=True)
