@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -32,8 +33,9 @@ if numba.config.CPU_FEATURES is None and _HOST.get("avx512f"):
     numba.config.CPU_FEATURES = _HOST.flatten() + ",-prefer-256-bit"
 
 _F32 = np.float32
-# What lets a sum be taken in lanes; NaN and infinity stay what they are.
-_FAST: Any = {"contract", "reassoc", "nsz", "arcp"}
+# Not "reassoc": the order of a sum would depend on whether a loop was compiled or read from the
+# disk, and a seed would give two results. `_total` is how sums are taken in lanes.
+_FAST: Any = {"contract", "nsz"}
 # Logits of a table made at once: their product takes as long as a few calls' preparations.
 TABLE_LOGITS = 2**22
 # Rows from which a second thread pays.
@@ -223,6 +225,43 @@ def _parts(rows: int) -> int:
     return max(1, min(threads, rows // _WORTH_SHARING))
 
 
+@_function
+def _padded(width: int) -> Any:
+    """Room for `width` numbers to add up, and zeros as far as `_total` takes them."""
+    return np.zeros((width + 63) // 64 * 64, _F32)
+
+
+@intrinsic
+def _total(context: Any, x: Any) -> Any:
+    """The sum of a `_padded`: in 64 lanes, then these in halves."""
+
+    def total(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.VectorType(_FLOAT, 16)
+        array = context.make_array(x)(context, builder, args[0])
+        count = builder.extract_value(array.shape, 0)
+        first = builder.bitcast(array.data, lanes.as_pointer())
+        zeros = ir.Constant(lanes, [0.0] * 16)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(4)]
+        blocks = builder.udiv(count, count.type(64))
+        with cgutils.for_range(builder, blocks) as loop:
+            for k, summed in enumerate(sums):
+                at = builder.add(builder.mul(loop.index, count.type(4)), count.type(k))
+                part = builder.load(builder.gep(first, [at]), align=4)
+                builder.store(builder.fadd(builder.load(summed), part), summed)
+        a, b, c, d = [builder.load(summed) for summed in sums]
+        whole = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+        for half in (8, 4, 2, 1):
+            low = ir.Constant(ir.VectorType(_I32, half), list(range(half)))
+            high = ir.Constant(ir.VectorType(_I32, half), list(range(half, 2 * half)))
+            whole = builder.fadd(
+                builder.shuffle_vector(whole, whole, low),
+                builder.shuffle_vector(whole, whole, high),
+            )
+        return builder.extract_element(whole, _I32(0))
+
+    return types.float32(x), total
+
+
 # LayerNorm(residual + ReLU(product + bias))
 
 
@@ -242,20 +281,17 @@ def _norm_rows(
     column: Any,
 ) -> None:
     width = product.shape[1]
-    row = np.empty(width, _F32)
+    row, squares = _padded(width), _padded(width)
     share = _F32(1) / _F32(width)
     for r in range(first, last):
-        mean = _F32(0)
         for j in range(width):
             x = _wide(product[r, j]) + _wide(bias[j])
             x = (_F32(0) if x < _F32(0) else x) + _wide(residual[r, j])  # NaN passes
             row[j] = x
-            mean += x
-        mean *= share
-        square = _F32(0)
+        mean = _total(row) * share
         for j in range(width):
-            square += (row[j] - mean) * (row[j] - mean)
-        spread = _F32(1) / np.sqrt(square * share + eps)
+            squares[j] = (row[j] - mean) * (row[j] - mean)
+        spread = _F32(1) / np.sqrt(_total(squares) * share + eps)
         if moments is not None:
             moments[r, 0], moments[r, 1] = mean, spread
         for j in range(width):
@@ -344,12 +380,10 @@ def _norm_backward_rows(
     share = _F32(1) / _F32(width)
     active = np.empty(width, _F32)
     normal = np.empty(width, _F32)
-    row = np.empty(width, _F32)
+    row, turns = _padded(width), _padded(width)
     mine = np.zeros((3, width), _F32)
     for r in range(first, last):
         mean, spread = moments[r, 0], moments[r, 1]
-        pull = _F32(0)
-        turn = _F32(0)
         if more is not None:
             for j in range(width):
                 row[j] = gradient[r, j] + _wide(more[r, j])
@@ -365,12 +399,11 @@ def _norm_backward_rows(
             mine[0, j] += y * x
             mine[1, j] += y
             y *= scale[j]
-            pull += y
-            turn += y * x
+            turns[j] = y * x
             normal[j] = x
             row[j] = y
-        pull *= share
-        turn *= share
+        pull = _total(row) * share
+        turn = _total(turns) * share
         for j in range(width):
             y = (row[j] - pull - normal[j] * turn) * spread
             back[r, j] = y
@@ -538,14 +571,14 @@ def _change_rows(first: int, last: int, sums: Any, made: Any, previous: Any, cha
     width = made.shape[1]
     mine = np.zeros(width, np.float64)
     few = np.zeros(width, _F32)
+    squares = _padded(width)
     for r in range(first, last):
-        square = _F32(0)
         for j in range(width):
             x = made[r, j]
             d = x - _wide(previous[r, j])
-            square += d * d
+            squares[j] = d * d
             few[j] += x
-        change[r] = square / _F32(width)
+        change[r] = _total(squares) / _F32(width)
         if (r - first) % 64 == 63 or r == last - 1:
             for j in range(width):
                 mine[j] += few[j]
@@ -564,12 +597,12 @@ def _change(parts: int, sums: Any, *given: Any) -> None:
 def _spread_rows(first: int, last: int, squares: Any, made: Any, mean: Any) -> None:
     width = made.shape[1]
     whole: Any = 0.0
+    summed = _padded(width)
     for r in range(first, last):
-        square = _F32(0)
         for j in range(width):
             d = made[r, j] - mean[j]
-            square += d * d
-        whole += square
+            summed[j] = d * d
+        whole += _total(summed)
     squares[0] = whole
 
 
@@ -654,11 +687,12 @@ def _weighed_rows(
     scale: Any,
 ) -> None:
     width = logits.shape[1]
+    squares = _padded(query.shape[1])
+    weights = _padded(width)
     for r in range(first, last):
-        square = _F32(0)
         for j in range(query.shape[1]):
-            square += _wide(query[r, j]) * _wide(query[r, j])
-        bound = np.sqrt(square) * longest * _PER_NAT  # of the logits, on either side
+            squares[j] = _wide(query[r, j]) * _wide(query[r, j])
+        bound = np.sqrt(_total(squares)) * longest * _PER_NAT  # of the logits, on either side
         if _F32(2) * bound > _REACH:
             largest = _order(_wide(logits[r, 0]))
             for j in range(1, width):
@@ -667,11 +701,11 @@ def _weighed_rows(
         # The largest weight is 2^60 at most, and 2^-90 at least.
         top = bound - _F32(60)
         right = _wide(logits[r, target[r]]) * _PER_NAT - top
-        whole = _F32(0)
         for j in range(width):
             weight = _power_of_two(_wide(logits[r, j]) * _PER_NAT - top)
-            whole += weight
+            weights[j] = weight
             logits[r, j] = _nearly(weight, logits[r, j])
+        whole = _total(weights)
         nats[r] = np.log(np.float64(whole)) - np.float64(right) / np.float64(_PER_NAT)
         scale[r] = share / whole
 
@@ -751,24 +785,20 @@ def table_loss(
 @_loop
 def _judged_rows(first: int, last: int, logits: Any, target: Any, nats: Any, correct: Any) -> None:
     width = logits.shape[1]
+    weights = _padded(width)
     for r in range(first, last):
         right = logits[r, target[r]]
-        largest = _order(right)
-        reached = _F32(0)  # a whole number, exact to 2^24
+        logits[r, target[r]] = -_F32(np.inf)
+        largest = _order(logits[r, 0])
+        for j in range(1, width):
+            largest = _larger(largest, _order(logits[r, j]))
+        others = _ordered(largest)
+        top = _ordered(_larger(largest, _order(right)))
         for j in range(width):
-            x = logits[r, j]
-            largest = _larger(largest, _order(x))
-            reached += _F32(1) if x >= right else _F32(0)
-        top = _ordered(largest)
-        whole: Any = 0.0
-        for start in range(0, width, 512):
-            few = _F32(0)
-            some = logits[r, start : start + 512]
-            for j in range(len(some)):
-                few += _power_of_two((some[j] - top) * _PER_NAT)
-            whole += few
+            weights[j] = _power_of_two((logits[r, j] - top) * _PER_NAT)
+        whole = np.float64(_total(weights)) + np.exp(np.float64(right) - np.float64(top))
         nats[r] = np.log(whole) + (np.float64(top) - np.float64(right))
-        correct[r] = reached == _F32(1)
+        correct[r] = right > others
 
 
 @_shared
@@ -779,8 +809,8 @@ def _judged(parts: int, *given: Any) -> None:
 
 
 def judged(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `target` [B] under float32 logits [B, V], in float64, and whether its logit
-    is above all others."""
+    """Cross-entropy of `target` [B] under float32 logits [B, V], which are lost, in float64, and
+    whether its logit is above all others."""
     nats = torch.empty(len(logits), dtype=torch.float64)
     correct = torch.empty(len(logits), dtype=torch.bool)
     given = (logits, target, nats, correct)

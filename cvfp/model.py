@@ -483,41 +483,52 @@ class TokenBlock(nn.Module):
             device = inputs.device.type
             mixed = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if mixed else inputs.dtype
-        parts = zip(self.linears, self.norms, strict=True)
-        parameters = [
-            tensor
-            for linear, norm in cast(Iterable[Any], parts)
-            for tensor in (linear.weight, linear.bias, norm.weight, norm.bias)
+        return _TokenLayers.apply(self, dtype, room, inputs, *contexts, *self.in_order())
+
+    @property
+    def eps(self) -> float:
+        return cast(nn.LayerNorm, self.norms[0]).eps
+
+    def in_order(self) -> list[nn.Parameter]:
+        """Weight, bias, scale and shift of every layer."""
+        parts = cast(Iterable[Any], zip(self.linears, self.norms, strict=True))
+        return [
+            parameter
+            for linear, norm in parts
+            for parameter in (linear.weight, linear.bias, norm.weight, norm.bias)
         ]
-        eps = self.norms[0].eps
-        return _TokenLayers.apply(dtype, eps, room, inputs, *contexts, *parameters)
 
 
-class _TokenLayers(torch.autograd.Function):
-    """A TokenBlock, with its gradients by hand.
+class TokenStep:
+    """One application of a TokenBlock, with its gradients by hand.
 
     Autograd would also push the gradient into contexts that nobody trains, and take twice as many
     kernels, which at these sizes is what a step costs.
+
+    Args:
+        parameters: the block's, in order. The others: as `TokenBlock.forward` has them.
+
+    Attributes:
+        hidden: h [B, E]; rounded: the same in the type of the products.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dtype: torch.dtype,
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
         eps: float,
-        room: Room | None,
+        contexts: Sequence[Tensor],
         inputs: Tensor,
-        *given: Tensor,
-    ) -> Tensor:
-        layers = len(given) // 5
-        contexts, parameters = given[:layers], given[layers:]
-        shape = (*inputs.shape[:-1], len(parameters[1]))
+        dtype: torch.dtype,
+        room: Room | None = None,
+    ) -> None:
+        self.room = room
+        self.shape = inputs.shape[:-1]
+        self.kept: list[tuple[Tensor, Tensor, int, ResidualNorm]] = []
         hidden = read = inputs.flatten(0, -2)
-        ctx.kept, ctx.room = [], room
         with torch.autocast(inputs.device.type, enabled=False):
             for i, context in enumerate(contexts):
                 weight, bias, scale, shift = parameters[4 * i : 4 * i + 4]
-                width = weight.shape[1] - read.shape[1]
+                width, size = weight.shape[1] - read.shape[1], weight.shape[0]
                 both, mine, place = context.flatten(0, -2), None, None
                 if room is None:
                     columns = weight.to(dtype)
@@ -527,42 +538,70 @@ class _TokenLayers(torch.autograd.Function):
                     columns = mine("columns", weight.shape, dtype).copy_(weight)
                     if i == 0:
                         both[:, width:].copy_(read)
-                    if i + 1 < layers:
+                    if i + 1 < len(contexts):
                         after = contexts[i + 1]
-                        place = after, after.shape[1] - len(weight)
-                kept = hidden[:, -len(weight) :]
+                        place = after, after.shape[1] - size
+                kept = hidden if hidden.shape[1] == size else hidden[:, -size:]
                 made = ResidualNorm(
                     both, columns.t(), bias, kept, scale, shift, eps, True, mine, place
                 )
-                ctx.kept.append((both, columns, width, made))
+                self.kept.append((both, columns, width, made))
                 hidden, read = made.out, made.rounded
-        return hidden.view(shape)
+        self.hidden, self.rounded = hidden.view(*self.shape, -1), read
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        for_contexts: list[Tensor | None] = []
+    def backward(
+        self, gradient: Tensor, needed: Sequence[bool] = ()
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Gradients of the parameters, and of e and the contexts, given that of `hidden`.
+
+        Args:
+            needed: of e and the contexts, which are; none by default.
+        """
+        needed = needed or [False] * (1 + len(self.kept))
         for_parameters: list[Tensor] = []
-        needed, room = ctx.needs_input_grad[3:], ctx.room
-        exact, shape = gradient.dtype, gradient.shape[:-1]
+        for_given: list[Tensor | None] = [None] * len(needed)
+        exact = gradient.dtype
         added: tuple[Tensor, Tensor] | None = None
         gradient = gradient.flatten(0, -2)
         with torch.autocast(gradient.device.type, enabled=False):
-            for i, (both, columns, width, made) in reversed(list(enumerate(ctx.kept))):
-                mine = None if room is None else room.of("gradients", i % 2)
+            for i in reversed(range(len(self.kept))):
+                both, columns, width, made = self.kept[i]
+                mine = None if self.room is None else self.room.of("gradients", i % 2)
                 gradient, into, sums = made.backward(gradient, added, mine)
                 for_weight = exact_product(into.t(), both, exact)
-                for_parameters[:0] = [for_weight, sums[2], sums[0], sums[1]]
-                for_seen = None
+                scale, shift, bias = sums
+                for_parameters[:0] = [for_weight, bias, scale, shift]
                 if needed[1 + i]:
-                    for_seen = exact_product(into, columns[:, :width], exact).view(*shape, -1)
-                for_contexts.insert(0, for_seen)
+                    for_seen = exact_product(into, columns[:, :width], exact)
+                    for_given[1 + i] = for_seen.view(*self.shape, -1)
                 added = into, columns[:, width:]
-            for_inputs = None
             if needed[0] and added is not None:
                 for_inputs = exact_product(*added, exact)
                 for_inputs[:, -gradient.shape[1] :] += gradient
-                for_inputs = for_inputs.view(*shape, -1)
-        return None, None, None, for_inputs, *for_contexts, *for_parameters
+                for_given[0] = for_inputs.view(*self.shape, -1)
+        return for_parameters, for_given
+
+
+class _TokenLayers(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block: TokenBlock,
+        dtype: torch.dtype,
+        room: Room | None,
+        inputs: Tensor,
+        *given: Tensor,
+    ) -> Tensor:
+        layers = len(block.norms)
+        parameters, contexts = given[layers:], given[:layers]
+        ctx.step = TokenStep(parameters, block.eps, contexts, inputs, dtype, room)
+        return ctx.step.hidden
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.step.kept)
+        made, given = ctx.step.backward(gradient, ctx.needs_input_grad[3 : 4 + layers])
+        return None, None, None, *given, *made
 
 
 class Predictor(nn.Module):

@@ -16,7 +16,15 @@ from torch import Tensor
 from cvfp import memory
 from cvfp.config import Experiment
 from cvfp.metrics import perplexity
-from cvfp.model import CVFP, Predictor, TokenInputs, exact_product, looped, product_type
+from cvfp.model import (
+    CVFP,
+    Predictor,
+    TokenInputs,
+    TokenStep,
+    exact_product,
+    looped,
+    product_type,
+)
 from cvfp.optimiser import Adam
 
 if TYPE_CHECKING:
@@ -208,6 +216,14 @@ class NextToken:
         if head is not None and self.bias is not None:
             self.bias[: len(weight)].copy_(head.bias.detach())
 
+    def with_gradient(self, query: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `weighs`: nats of `target` [B] and the gradient of their mean [B, E], for h [B, E]
+        in the type of the products."""
+        from cvfp import kernels
+
+        self.room = self.room or kernels.Room()
+        return kernels.table_loss(query, self.weight, self.longest, target, self.room)
+
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Of `target` [B], from h [B, E]."""
         if self.weighs:
@@ -225,12 +241,7 @@ class NextToken:
 class _TableLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, head: NextToken) -> Tensor:
-        from cvfp import kernels
-
-        head.room = head.room or kernels.Room()
-        nats, gradient = kernels.table_loss(
-            hidden.to(head.dtype), head.weight, head.longest, target, head.room
-        )
+        nats, gradient = head.with_gradient(hidden.to(head.dtype), target)
         ctx.save_for_backward(gradient)
         return nats.mean()
 
@@ -374,12 +385,25 @@ def train(
         hidden = train.hidden(positions, train.token_inputs(), (seen, list(outputs)))
         return head.loss(hidden, targets)
 
+    parameters, eps = model.token_block.in_order(), model.token_block.eps
+
+    @torch.no_grad()
+    def by_hand(positions: Tensor, targets: Tensor, seen: Tensor, *outputs: Tensor) -> Tensor:
+        """The same where nothing but the TokenBlock is trained, on a CPU, where autograd's own work
+        counts."""
+        step = TokenStep(parameters, eps, outputs, seen, train.dtype, train.room)
+        nats, gradient = head.with_gradient(step.rounded, targets)
+        made, _ = step.backward(gradient)
+        for parameter, one in zip(parameters, made, strict=True):
+            parameter.grad = one
+        return nats.mean()
+
     steps = experiment.phase2_epochs * (train.total // size)
     with train.reusing(), validation.reusing():
         return fit(
             model,
             batches,
-            loss,
+            by_hand if head.weighs else loss,
             lambda: evaluate(validation),
             experiment,
             report,
@@ -451,7 +475,8 @@ def fit(
 
     Args:
         batches: an epoch's batches, tuples whose first is the positions.
-        loss: mean nats of a batch, given what is in its tuple.
+        loss: mean nats of a batch, given what is in its tuple: with a graph, or with the gradients
+            in their place.
         validate: evaluates the model as it is.
         experiment: `phase2_learning_rate`, `phase2_epochs`, `phase2_patience`.
         report: called with each row of the history. tick: called with each batch's positions.
@@ -465,9 +490,10 @@ def fit(
     optimiser = Adam(trained.values(), experiment.phase2_learning_rate)
 
     def step(*batch: Any) -> Tensor:
-        nats = loss(*batch)
         optimiser.zero_grad()
-        nats.backward()
+        nats = loss(*batch)
+        if nats.requires_grad:
+            nats.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         optimiser.step()
