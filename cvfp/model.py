@@ -547,7 +547,13 @@ class TokenStep:
                 )
                 self.kept.append((both, columns, width, made))
                 hidden, read = made.out, made.rounded
-        self.hidden, self.rounded = hidden.view(*self.shape, -1), read
+        self.out, self.rounded = hidden, read
+
+    @property
+    def hidden(self) -> Tensor:
+        # Not kept: what autograd returns would hold itself, through the step, until the next
+        # collection of garbage.
+        return self.out.view(*self.shape, -1)
 
     def backward(
         self, gradient: Tensor, needed: Sequence[bool] = ()

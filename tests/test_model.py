@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,3 +175,18 @@ def test_token_block_takes_the_type_that_autocast_asks_for() -> None:
         made = block(contexts, inputs)
     assert torch.equal(made, block(contexts, inputs, torch.bfloat16))
     assert not torch.equal(made, block(contexts, inputs))
+
+
+def test_a_step_is_gone_with_its_result() -> None:
+    """A graph that held its own result would keep a batch's memory until garbage is collected."""
+    block = TokenBlock([6, 6], 4, 4)
+    initialise(block, torch.Generator().manual_seed(0))
+    gc.disable()
+    try:
+        made = block([torch.randn(3, 6), torch.randn(3, 6)], torch.randn(3, 4))
+        assert made.requires_grad
+        there = weakref.ref(made)
+        del made
+        assert there() is None
+    finally:
+        gc.enable()
