@@ -545,7 +545,7 @@ def _normals(parts: int, *given: Any) -> None:
 
 
 def normals(out: Tensor, std: float, around: Tensor | None, seed: int) -> int:
-    """Fill float32 `out` [B, W] or [W] with normal draws of that deviation around zero, or around
+    """Fill float32 `out` [B, W] with normal draws of that deviation around zero, or around
     `around`, as large; of 2^24 values each, up to 5.4 deviations.
 
     Args:
@@ -554,8 +554,6 @@ def normals(out: Tensor, std: float, around: Tensor | None, seed: int) -> int:
     Returns:
         Its state after them: rows are drawn the same in any number of calls and of parts.
     """
-    if out.ndim == 1:
-        return normals(out[None], std, None if around is None else around[None], seed)
     assert out.is_contiguous()
     given = _array(out), _array(around), np.uint64(seed), _F32(std * 2**0.5)
     _normals(_parts(len(out)), *given)
