@@ -200,9 +200,12 @@ class Room:
     def array(self, name: str, tensor: Tensor) -> Any:
         """`_array` of one that is likely to be the same every time, and in the same place."""
         given = self.given.get(name)
-        if given is None or given[0] is not tensor:
-            given = self.given[name] = tensor, _array(tensor)
-        return given[1]
+        if given is not None and given[0] is tensor:
+            return given[1]
+        made = _array(tensor)
+        if tensor.is_contiguous():  # or it is a copy
+            self.given[name] = tensor, made
+        return made
 
     def of(self, *owner: object) -> Room:
         """The part that has names of its own."""
