@@ -218,8 +218,9 @@ def phase2_run(model: CVFP, **fields: Any) -> phase2.Phase2:
     )
 
 
-def test_phase2_stream_order_equals_a_literal_loop() -> None:
-    model, literal = make_model(), make_model()
+@pytest.mark.parametrize("every", [True, False])
+def test_phase2_stream_order_equals_a_literal_loop(every: bool) -> None:
+    model, literal = make_model(every=every), make_model(every=every)
     made = phase2_run(model, phase2_epochs=2, phase2_shuffle=False)
     contexts = torch.randn(300, 10, generator=torch.Generator().manual_seed(1))
     tokens = make_tokens(300)
