@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, codegen
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -28,16 +27,18 @@ from torch import Tensor
 # torch loads its OpenMP for all, and so numba's loops run on it, if they are OpenMP's.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 # LLVM keeps to half of what AVX-512 is wide unless told; loops that compute much gain a third.
-_HOST = llvmlite.binding.get_host_cpu_features()
-if numba.config.CPU_FEATURES is None and _HOST.get("avx512f"):
-    numba.config.CPU_FEATURES = _HOST.flatten() + ",-prefer-256-bit"
+_HOST = codegen.get_host_cpu_features()  # as the user's settings leave them
+if numba.config.CPU_FEATURES is None and "+avx512f" in _HOST.split(","):
+    numba.config.CPU_FEATURES = _HOST + ",-prefer-256-bit"
 
 _F32 = np.float32
 # Not "reassoc": the order of a sum would depend on whether a loop was compiled or read from the
 # disk, and a seed would give two results. `_total` is how sums are taken in lanes.
 _FAST: Any = {"contract", "nsz"}
-# Logits of a table made at once: their product takes as long as a few calls' preparations.
+# Logits of a table made at once: with fewer the calls cost more than the cache gains.
 TABLE_LOGITS = 2**22
+# 1.5·2^23: a float32 to which it is added is rounded to a whole number.
+_WHOLE = _F32(12582912)
 # Rows from which a second thread pays.
 _WORTH_SHARING = 64
 # What numba was last told in this thread.
@@ -46,6 +47,16 @@ _I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
 _function: Any = numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
 _loop: Any = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)
 _shared: Any = numba.njit(parallel=True, nogil=True, cache=True)
+
+
+def _typed(like: Any, bits: Any) -> tuple[Any, Any]:
+    """Of an intrinsic of x and `like`: x itself if it is to stay a float32, or else `bits`."""
+    if like == types.uint16:
+        return types.uint16(types.float32, types.uint16), bits
+    return (
+        types.float32(types.float32, types.float32),
+        lambda context, builder, signature, args: args[0],
+    )
 
 
 @intrinsic
@@ -70,12 +81,7 @@ def _rounded(context: Any, x: Any, like: Any) -> Any:
         nearest = builder.add(builder.add(whole, _I32(0x7FFF)), odd)
         return builder.trunc(builder.lshr(nearest, _I32(16)), _I16)
 
-    if like == types.uint16:
-        return types.uint16(types.float32, types.uint16), bits
-    return (
-        types.float32(types.float32, types.float32),
-        lambda context, builder, signature, args: args[0],
-    )
+    return _typed(like, bits)
 
 
 @intrinsic
@@ -90,19 +96,9 @@ def _power(context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def _times_power(context: Any, x: Any, k: Any) -> Any:
-    """x·2^k for a whole k, where both are normal float32."""
-
-    def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        power = builder.shl(builder.fptosi(args[1], _I32), _I32(23))
-        return builder.bitcast(builder.add(builder.bitcast(args[0], _I32), power), _FLOAT)
-
-    return types.float32(types.float32, types.float32), bits
-
-
-@intrinsic
-def _times_power_of(context: Any, x: Any, shifted: Any) -> Any:
-    """x·2^k for the whole k of `shifted` = 1.5·2^23 + k, whose last bits it is."""
+def _times_power(context: Any, x: Any, shifted: Any) -> Any:
+    """x·2^k for a whole k and `shifted` = _WHOLE + k, whose last bits it is; where x and the result
+    are normal float32."""
 
     def bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         power = builder.shl(builder.bitcast(args[1], _I32), _I32(23))
@@ -119,12 +115,7 @@ def _nearly(context: Any, x: Any, like: Any) -> Any:
         nearest = builder.add(builder.bitcast(args[0], _I32), _I32(0x8000))
         return builder.trunc(builder.lshr(nearest, _I32(16)), _I16)
 
-    if like == types.uint16:
-        return types.uint16(types.float32, types.uint16), bits
-    return (
-        types.float32(types.float32, types.float32),
-        lambda context, builder, signature, args: args[0],
-    )
+    return _typed(like, bits)
 
 
 @intrinsic
@@ -476,7 +467,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 def _log(x: Any) -> Any:
     """Natural logarithm of a positive normal float32."""
     power = _power(x)
-    m = _times_power(x, -power)
+    m = _times_power(x, _WHOLE - power)
     z = (m - _F32(1)) / (m + _F32(1))  # log m = 2 artanh z
     y = z * z
     series = ((_F32(2 / 9) * y + _F32(2 / 7)) * y + _F32(2 / 5)) * y + _F32(2 / 3)
@@ -667,12 +658,12 @@ _REACH = _F32(150)
 def _power_of_two(x: Any) -> Any:
     """2^x for a float32 up to 126, to 1e-7; under -126 the smallest normal number."""
     x = max(x, _F32(-126))
-    shifted = _F32(x + _F32(12582912))
-    y = x - _F32(shifted - _F32(12582912))
+    shifted = _F32(x + _WHOLE)
+    y = x - _F32(shifted - _WHOLE)
     # Least largest relative error from -½ to ½
     p = (_F32(0.0013276466634) * y + _F32(0.0096755409613)) * y + _F32(0.0555071346343)
     p = ((p * y + _F32(0.2402212023735)) * y + _F32(0.6931469440460)) * y + _F32(1.0000001192093)
-    return _times_power_of(p, shifted)
+    return _times_power(p, shifted)
 
 
 @_loop

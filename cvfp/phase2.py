@@ -476,7 +476,7 @@ def fit(
     Args:
         batches: an epoch's batches, tuples whose first is the positions.
         loss: mean nats of a batch, given what is in its tuple: with a graph, or with the gradients
-            in their place.
+            in their place (of all that is trained).
         validate: evaluates the model as it is.
         experiment: `phase2_learning_rate`, `phase2_epochs`, `phase2_patience`.
         report: called with each row of the history. tick: called with each batch's positions.
@@ -494,6 +494,8 @@ def fit(
         nats = loss(*batch)
         if nats.requires_grad:
             nats.backward()
+        elif any(parameter.grad is None for parameter in trained.values()):
+            raise RuntimeError("loss: got neither a graph nor gradients; accepted: one of them")
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         optimiser.step()

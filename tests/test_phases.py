@@ -257,6 +257,17 @@ def test_phase2_keeps_the_best_epoch_and_stops_by_patience() -> None:
     assert again.loss == pytest.approx(min(losses), abs=1e-7)
 
 
+def test_fit_refuses_a_loss_without_gradients() -> None:
+    with pytest.raises(RuntimeError, match="neither a graph nor gradients"):
+        phase2.fit(
+            make_model(),
+            lambda: [(torch.arange(3),)],
+            lambda positions: torch.zeros(()),
+            lambda: pytest.fail("a step without gradients passed"),
+            Experiment(**SMALL),
+        )
+
+
 @pytest.mark.parametrize("tying", [True, False])
 @pytest.mark.parametrize("freeze", [True, False])
 def test_phase2_trains_what_it_says_and_nothing_else(tying: bool, freeze: bool) -> None:
