@@ -10,8 +10,10 @@ Every loop has a plain version in torch, for other devices and types, which the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numba
@@ -153,6 +155,66 @@ def _ordered(context: Any, x: Any) -> Any:
     return types.float32(types.int32), bits
 
 
+_tape: ContextVar[list[tuple[Callable[..., Any], tuple[Any, ...]]] | None] = ContextVar(
+    "tape", default=None
+)
+
+
+def call(function: Callable[..., Any], *given: Any) -> Any:
+    """function(*given), which a `Repeated` does again."""
+    tape = _tape.get()
+    if tape is not None:
+        tape.append((function, given))
+    return function(*given)
+
+
+class Repeated:
+    """A step as a list of calls, recorded when it is first given some memory, and gone through when
+    it is given the same again: to find out what to call is a tenth of what a small step costs.
+
+    Args:
+        step: takes tensors. What it does to numbers, it does by `call`, in memory that it takes
+            again every time.
+    """
+
+    MOST = 64  # lists kept
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.made: dict[tuple[object, ...], tuple[list[Any], tuple[Tensor, ...], Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, *given: Tensor) -> Tensor:
+        key = *(one.data_ptr() for one in given), *(one.shape for one in given)
+        known = self.made.get(key)
+        if known is not None:
+            for function, arguments in known[0]:
+                function(*arguments)
+            return known[2]
+        if len(self.made) == self.MOST:
+            return self.step(*given)
+        tape: list[Any] = []
+        token = _tape.set(tape)
+        try:
+            output = self.step(*given)
+        finally:
+            _tape.reset(token)
+        self.made[key] = tape, given, output  # what is held is not given to others
+        return output
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a·b in `out`, by `call`."""
+    call(partial(torch.mm, out=out), a, b)
+    return out
+
+
+def copied(source: Tensor, out: Tensor) -> Tensor:
+    """`source` in `out`, by `call`."""
+    call(out.copy_, source)
+    return out
+
+
 def _array(tensor: Tensor | None) -> Any:
     """The tensor's memory as numba takes it."""
     if tensor is None:
@@ -163,7 +225,7 @@ def _array(tensor: Tensor | None) -> Any:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
+        tensor = copied(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -256,6 +318,48 @@ def _total(context: Any, x: Any) -> Any:
     return types.float32(x), total
 
 
+# Rows of a table
+
+
+@_loop
+def _gather_rows(first: int, last: int, out: Any, source: Any, rows: Any) -> None:
+    width = source.shape[1]
+    for r in range(first, last):
+        for k in range(rows.shape[1]):
+            i = rows[r, k]
+            part = out[r, k * width : (k + 1) * width]
+            if i < 0:
+                part[:] = 0
+            else:
+                for j in range(width):
+                    part[j] = source[i, j]
+
+
+@_shared
+def _gather(parts: int, *given: Any) -> None:
+    rows = len(given[0])
+    for k in numba.prange(parts):
+        _gather_rows(rows * k // parts, rows * (k + 1) // parts, *given)
+
+
+def gather(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` [B, n·E] with rows of `source` [V, E], of the same type.
+
+    Args:
+        rows: int64 [B, n]: which go side by side; under 0: zeros.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    if len(rows) and int(rows.max()) >= len(source):
+        raise IndexError(f"rows: got {int(rows.max())}; accepted: less than {len(source)}")
+    assert source.dtype == out.dtype
+    assert out.shape == (len(rows), rows.shape[1] * source.shape[1])
+    assert out.is_contiguous()  # or what is written to would be a copy
+    _gather(_parts(len(rows)), _array(out), _array(source), _array(rows))
+    return out
+
+
 # LayerNorm(residual + ReLU(product + bias))
 
 
@@ -332,6 +436,7 @@ def residual_norm(
     out = room("out", shape, torch.float32)
     if place is not None:
         rounded, column = place
+        assert rounded.is_contiguous()
         view = rounded[:, column : column + shape[1]]
     elif dtype != torch.float32:
         view = rounded = room("rounded", shape, dtype)
@@ -339,7 +444,8 @@ def residual_norm(
     else:
         view, rounded, column = out, None, 0
     moments = room("moments", (shape[0], 2), torch.float32) if keep else None
-    _norm(
+    call(
+        _norm,
         _parts(shape[0]),
         _array(product),
         room.array("bias", bias),
@@ -430,7 +536,8 @@ def residual_norm_backward(
     """Gradients of `residual_norm`, whose result has the gradient `gradient` + `more` [B, W].
 
     Args:
-        room: that `residual_norm` had; backward: for the results, and not where `gradient` is.
+        room: that `residual_norm` had, also for the sums; backward: for the other results, and not
+            where `gradient` is.
 
     Returns:
         Those of the residual, of the product in its type [B, W], and of scale, shift and
@@ -440,8 +547,9 @@ def residual_norm_backward(
     into = backward("into", product.shape, product.dtype)
     back = backward("back", product.shape, torch.float32)
     parts = _parts(product.shape[0])
-    sums = _empty(parts, 3, product.shape[1])
-    _norm_backward(
+    sums = room("sums", (parts, 3, product.shape[1]), torch.float32)
+    call(
+        _norm_backward,
         parts,
         _array(sums),
         _array(gradient),
@@ -677,8 +785,8 @@ def _weighed_rows(
     share: Any,
     nats: Any,
     scale: Any,
+    width: Any,
 ) -> None:
-    width = logits.shape[1]
     squares = _padded(query.shape[1])
     weights = _padded(width)
     for r in range(first, last):
@@ -733,6 +841,12 @@ def _pulled(parts: int, *given: Any) -> None:
         _pulled_rows(rows * k // parts, rows * (k + 1) // parts, *given)
 
 
+def _apart(width: int, dtype: torch.dtype) -> int:
+    """Width of the memory of rows of `width` numbers: an odd number of cache lines. Rows a power of
+    two apart take each other's place in the cache: their product takes half as long again."""
+    return (math.ceil(width * dtype.itemsize / 64) | 1) * 64 // dtype.itemsize
+
+
 def table_loss(
     query: Tensor, table: Tensor, longest: float, target: Tensor, room: Room | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -744,33 +858,37 @@ def table_loss(
     Args:
         query: [B, E]; table: [V, E], in the same type.
         longest: the largest norm of the table's rows.
-        room: for the logits.
+        room: for the logits and the results.
 
     Returns:
         float32 [B], and that of the query [B, E].
     """
     room = room or Room()
-    (rows, width), share = query.shape, _F32(1 / len(query))
-    gradient, nats, scale = _empty(rows, width), _empty(rows), _empty(rows)
+    rows, share = len(query), _F32(1 / len(query))
+    gradient = room("gradient", query.shape, torch.float32)
+    nats, scale = room("nats", (rows,), torch.float32), room("scale", (rows,), torch.float32)
     expected = room("expected", query.shape, query.dtype)
     at_once = max(1, TABLE_LOGITS // len(table))
     for first in range(0, rows, at_once):
         some = slice(first, min(first + at_once, rows))
         size = some.stop - first
-        logits = torch.mm(query[some], table.T, out=room("logits", (size, len(table)), query.dtype))
-        _weighed(
+        whole = room("logits", (size, _apart(len(table), query.dtype)), query.dtype)
+        logits = product(query[some], table.T, whole[:, : len(table)])
+        call(
+            _weighed,
             _parts(size),
-            _array(logits),
+            _array(whole),
             _array(query[some]),
             _F32(longest),
             _array(target[some]),
             share,
             _array(nats[some]),
             _array(scale[some]),
+            len(table),
         )
-        torch.mm(logits, table, out=expected[some])
+        product(logits, table, expected[some])
     given = [_array(t) for t in (expected, scale, table, target)]
-    _pulled(_parts(rows), *given, share, _array(gradient))
+    call(_pulled, _parts(rows), *given, share, _array(gradient))
     return nats, gradient
 
 

@@ -130,7 +130,8 @@ class ResidualNorm:
             from cvfp import kernels
 
             room = self.room = room or kernels.Room()
-            product = torch.mm(a, b, out=room("product", (a.shape[0], b.shape[1]), a.dtype))
+            size = a.shape[0], b.shape[1]
+            product = kernels.product(a, b, room("product", size, a.dtype))
             moments: Any
             self.out, self.rounded, moments = kernels.residual_norm(
                 product, bias, residual, scale, shift, eps, keep, room, place
@@ -170,7 +171,7 @@ class ResidualNorm:
             room = room or kernels.Room()
             more = None
             if added is not None:
-                more = torch.mm(*added, out=room("more", product.shape, product.dtype))
+                more = kernels.product(*added, room("more", product.shape, product.dtype))
             return kernels.residual_norm_backward(
                 gradient, more, product, bias, under, scale, moments, self.room, room
             )
@@ -266,9 +267,19 @@ class TokenInputs:
         other.table = self.table.to(dtype)
         return other
 
-    def dense(self, positions: Tensor | slice = slice(None)) -> Tensor:
-        """e_t at `positions`: [B, n·E]."""
-        return F.embedding(self.rows[positions], self.table).flatten(-2)
+    def dense(self, positions: Tensor | slice = slice(None), room: Room | None = None) -> Tensor:
+        """e_t at `positions`: [B, n·E].
+
+        Args:
+            room: on a CPU, memory for it, which the next call takes again.
+        """
+        rows = self.rows[positions]
+        if room is None:
+            return F.embedding(rows, self.table).flatten(-2)
+        from cvfp import kernels
+
+        size = len(rows), rows.shape[1] * self.table.shape[1]
+        return kernels.gather(self.table, rows, room("e", size, self.table.dtype))
 
 
 def normalised_rows(table: Tensor) -> Tensor:
@@ -403,6 +414,7 @@ class ContextBlock(nn.Module):
         layers: Sequence[ContextLayer],
         keep: bool = False,
         room: Room | None = None,
+        beside: Sequence[int] = (),
     ) -> tuple[list[ResidualNorm], list[Tensor]]:
         """One application without a graph.
 
@@ -412,29 +424,37 @@ class ContextBlock(nn.Module):
             layers: in the type of the products.
             keep: what the gradients take.
             room: on a CPU, memory for the outputs, which the next application takes again.
+            beside: columns that the caller takes beside each layer's output.
 
         Returns:
-            Every layer's output in two types, and what it read, [B, K]: c and, where the layer sees
-            the tokens, e beside it. One product of both is faster than the sum of two.
+            Every layer's output in two types, and what it read, [B, K or more]: c and, where the
+            layer sees the tokens, e beside it. One product of both is faster than the sum of two.
+            With `beside`, also what another layer would read: c, beside it nothing yet. The columns
+            beside c may be taken then, at least as many as `beside` says.
         """
-        dtype, rows = layers[0].weight.dtype, len(context)
-        rooms = [None if room is None else room.of("context layer", i) for i in range(len(layers))]
-        reads = []
-        for layer, mine in zip(layers, rooms, strict=True):
-            size = rows, len(layer.weight)
-            if mine is None:
-                reads.append(torch.empty(size, dtype=dtype, device=context.device))
-            else:
-                reads.append(mine("read", size, dtype))
-            if layer.read < size[1]:
-                reads[-1][:, layer.read :].copy_(inputs)
-        reads[0][:, : layers[0].read].copy_(context)
+        dtype, sizes = layers[0].weight.dtype, [len(layer.weight) for layer in layers]
+        if beside:
+            taken = [width + more for width, more in zip(self.widths, beside, strict=True)]
+            sizes[1:] = map(max, [*sizes[1:], 0], taken)
+
+        def memory(name: str, *shape: int) -> Tensor:
+            if room is not None:
+                return room(name, shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=context.device)
+
+        seeing = sum(self.sees_tokens)  # all layers, or the first
+        seen = memory("seeing", seeing, len(context), sizes[0])
+        seen[:, :, self.context_dim :].copy_(inputs)
+        seen[0, :, : self.context_dim].copy_(context)
+        reads = list(seen.unbind())
+        reads += [memory(f"read {i}", len(context), n) for i, n in enumerate(sizes[seeing:])]
         made: list[ResidualNorm] = []
-        for i, (layer, mine, read) in enumerate(zip(layers, rooms, reads, strict=True)):
-            residual = context
+        for i, layer in enumerate(layers):
+            residual, read = context, reads[i][:, : len(layer.weight)]
             if layer.residual is not None:
                 residual = F.linear(read[:, : layer.read], *layer.residual)
-            place = (reads[i + 1], 0) if i + 1 < len(layers) else None
+            mine = None if room is None else room.of("context layer", i)
+            place = (reads[i + 1], 0) if i + 1 < len(reads) else None
             made.append(
                 ResidualNorm(
                     read, layer.weight, layer.bias, residual, *layer.norming, keep, mine, place
@@ -534,13 +554,12 @@ class TokenStep:
                     columns = weight.to(dtype)
                     both = torch.cat([both.to(dtype), read.to(dtype)], dim=1)
                 else:
-                    mine = room.of("token layer", i)
-                    columns = mine("columns", weight.shape, dtype).copy_(weight)
-                    if i == 0:
-                        both[:, width:].copy_(read)
+                    from cvfp import kernels
+
+                    both, mine = both[:, : weight.shape[1]], room.of("token layer", i)
+                    columns = kernels.copied(weight, mine("columns", weight.shape, dtype))
                     if i + 1 < len(contexts):
-                        after = contexts[i + 1]
-                        place = after, after.shape[1] - size
+                        place = contexts[i + 1], parameters[4 * i + 4].shape[1] - size
                 kept = hidden if hidden.shape[1] == size else hidden[:, -size:]
                 made = ResidualNorm(
                     both, columns.t(), bias, kept, scale, shift, eps, True, mine, place
@@ -548,6 +567,15 @@ class TokenStep:
                 self.kept.append((both, columns, width, made))
                 hidden, read = made.out, made.rounded
         self.out, self.rounded = hidden, read
+
+    def _exact_product(self, a: Tensor, b: Tensor, dtype: torch.dtype, layer: int) -> Tensor:
+        if self.room is None:
+            return exact_product(a, b, dtype)
+        from cvfp import kernels
+
+        room, size = self.room.of("token layer", layer), (a.shape[0], b.shape[1])
+        made = kernels.product(a, b, room("weight", size, a.dtype))
+        return made if a.dtype == dtype else kernels.copied(made, room("weight", size, dtype))
 
     @property
     def hidden(self) -> Tensor:
@@ -574,7 +602,7 @@ class TokenStep:
                 both, columns, width, made = self.kept[i]
                 mine = None if self.room is None else self.room.of("gradients", i % 2)
                 gradient, into, sums = made.backward(gradient, added, mine)
-                for_weight = exact_product(into.t(), both, exact)
+                for_weight = self._exact_product(into.t(), both, exact, i)
                 scale, shift, bias = sums
                 for_parameters[:0] = [for_weight, bias, scale, shift]
                 if needed[1 + i]:

@@ -219,17 +219,18 @@ def train(
         # take the old ones' place, pass by pass: `last` is what the next pass has to read first.
         last = contexts[-1:].to(device, copy=True)
         for part, previous in memory.ahead(contexts, passes, device):
-            before = torch.cat([last, previous[:-1]])
-            last = previous[-1:].clone()
             read = (
-                torch.empty(before.shape, dtype=exact, device=device)
+                torch.empty(previous.shape, dtype=exact, device=device)
                 if room is None
-                else room("read", before.shape, exact)
+                else room("read", previous.shape, exact)
             )
             shape = (-1, min(size, len(read)), width)
-            for group, around in zip(read.view(shape), before.view(shape), strict=True):
-                draw(group, experiment.phase1_noise, around)  # the same however groups are passed
-            step = Step(block, layers, read, inputs.dense(part), room)
+            for group, around in zip(read.view(shape), previous.view(shape), strict=True):
+                # The same however groups are passed
+                draw(group, experiment.phase1_noise, last, around[:-1])
+                last = around[-1:]
+            last = last.clone()
+            step = Step(block, layers, read, inputs.dense(part, room), room)
             grouped = step.made.view(shape), previous.view(shape)
             each, diversity, changed, gradient = group_loss(
                 *grouped, experiment.dist_reg_weight, room

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,12 @@ class Positions:
 
     def reads(self, positions: Tensor) -> Tensor:
         """The contexts that `positions` read: [B, D], on the model's device."""
+        if self.room is not None and self.contexts.device.type == "cpu":
+            from cvfp import kernels
+
+            size = len(positions), self.contexts.shape[1]
+            place = self.room("contexts", size, self.contexts.dtype)
+            return kernels.gather(self.contexts, (positions - 1)[:, None], place)
         source = (positions - 1).clamp(min=0)
         if self.contexts.device == positions.device:
             rows = self.contexts.index_select(0, source)
@@ -107,28 +114,37 @@ class Positions:
 
     def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
         """What the TokenBlock reads as c^(i) at `positions`, where the ContextBlock reads `reads`
-        [B, D] and sees `seen` [B, n·E]: [B, widths[i]] each."""
-        made, _ = self.model.context_block.outputs(reads, seen, self.layers, room=self.room)
-        return [output.rounded for output in made]
+        [B, D] and sees `seen` [B, n·E]: [B, widths[i]] each, or with columns beside it for the
+        TokenBlock."""
+        block, beside = self.model.context_block, self.model.token_block.reads
+        if self.room is None:
+            made, _ = block.outputs(reads, seen, self.layers)
+            return [output.rounded for output in made]
+        return block.outputs(reads, seen, self.layers, room=self.room, beside=beside)[1][1:]
 
     @torch.no_grad()
     def fixed(self, positions: Tensor, reads: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """What training does not change: e [B, n·E] as the ContextBlock sees it, and its outputs,
-        with room for h beside them while memory is reused.
+        """What training does not change: e [B, n·E] as the ContextBlock sees it, and its outputs.
+        While memory is reused, there is e beside the first, and room for h beside the others.
 
         Args:
             reads: the contexts that `positions` read, if they are at hand.
         """
-        seen = self.context_inputs.dense(positions)
+        seen = self.context_inputs.dense(positions, self.room)
         reads = self.reads(positions) if reads is None else reads
         outputs = self.outputs(positions, reads, seen)
         if self.room is None:
             return seen, outputs
-        joined = []
-        for i, (output, read) in enumerate(zip(outputs, self.model.token_block.reads, strict=True)):
-            size = len(output), output.shape[1] + read
-            joined.append(self.room.of("token reads", i)("both", size, self.dtype))
-            joined[-1][:, : output.shape[1]].copy_(output)
+        joined, model = [], self.model
+        widths = zip(outputs, model.context_widths, model.token_block.reads, strict=True)
+        for i, (output, width, read) in enumerate(widths):
+            if output.shape[1] == width:
+                size = len(output), width + read
+                joined.append(self.room.of("token layer", i)("both", size, self.dtype))
+                joined[-1][:, :width].copy_(output)
+            else:
+                joined.append(output)
+        joined[0][:, model.context_widths[0] :][:, : seen.shape[1]].copy_(seen)
         return seen, joined
 
     def hidden(
@@ -144,7 +160,12 @@ class Positions:
             fixed: of `positions`, if it is at hand.
         """
         seen, outputs = fixed or self.fixed(positions)
-        e = seen if self.model.context_table is None else inputs.dense(positions)
+        e = seen
+        if self.model.context_table is not None:
+            e = inputs.dense(positions)
+            if self.room is not None:
+                width = self.model.context_widths[0]
+                outputs[0][:, width : width + e.shape[1]].copy_(e.detach())
         return self.model.token_block(outputs, e, self.dtype, self.room)
 
     @contextmanager
@@ -378,7 +399,11 @@ def train(
         loaded = memory.prefetched(chunks, train.reads, train.contexts.device != device)
         for chunk, reads in zip(chunks, loaded, strict=True):
             seen, outputs = train.fixed(chunk, reads)
-            whole = chunk, train.tokens[chunk + 1], seen, *outputs
+            targets = None
+            if train.room is not None:
+                targets = train.room("targets", chunk.shape, train.tokens.dtype)
+            targets = torch.index_select(train.tokens, 0, chunk + 1, out=targets)
+            whole = chunk, targets, seen, *outputs
             yield from zip(*(part.split(size) for part in whole), strict=True)
 
     def loss(positions: Tensor, targets: Tensor, seen: Tensor, *outputs: Tensor) -> Tensor:
@@ -387,23 +412,31 @@ def train(
 
     parameters, eps = model.token_block.in_order(), model.token_block.eps
 
-    @torch.no_grad()
-    def by_hand(positions: Tensor, targets: Tensor, seen: Tensor, *outputs: Tensor) -> Tensor:
+    def by_hand(targets: Tensor, seen: Tensor, *outputs: Tensor) -> Tensor:
         """The same where nothing but the TokenBlock is trained, on a CPU, where autograd's own work
         counts."""
+        assert train.room is not None
         step = TokenStep(parameters, eps, outputs, seen, train.dtype, train.room)
         nats, gradient = head.with_gradient(step.rounded, targets)
         made, _ = step.backward(gradient)
         for parameter, one in zip(parameters, made, strict=True):
-            parameter.grad = one
-        return nats.mean()
+            kernels.call(setattr, parameter, "grad", one)
+        mean = train.room("mean", (), nats.dtype)
+        kernels.call(partial(torch.mean, out=mean), nats, 0)
+        return mean
+
+    alone = head.weighs and head.dtype == train.dtype
+    if alone:
+        from cvfp import kernels
+
+        repeated = kernels.Repeated(by_hand)
 
     steps = experiment.phase2_epochs * (train.total // size)
     with train.reusing(), validation.reusing():
         return fit(
             model,
             batches,
-            by_hand if head.weighs else loss,
+            (lambda positions, *given: repeated(*given)) if alone else loss,
             lambda: evaluate(validation),
             experiment,
             report,

@@ -125,6 +125,43 @@ def test_normals_at_the_ends_of_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gather_is_an_embedding(dtype: torch.dtype, tokens: int, threads: int) -> None:
+    source, out = draws(31, 9, dtype=dtype), torch.empty(200, 9 * tokens, dtype=dtype)
+    rows = torch.randint(-1, 31, (200, tokens), generator=torch.Generator().manual_seed(1))
+    padded = torch.cat([source, torch.zeros(1, 9, dtype=dtype)])
+    assert kernels.gather(source, rows, out) is out
+    assert torch.equal(out, padded[rows].flatten(1))
+    assert bool((rows < 0).any())
+
+
+def test_gather_names_a_row_that_is_not_there() -> None:
+    with pytest.raises(IndexError, match="got 4; accepted: less than 4"):
+        kernels.gather(draws(4, 2), torch.tensor([[0], [4]]), torch.empty(2, 2))
+
+
+def test_repeated_does_the_same_to_other_numbers() -> None:
+    """Also to what a loop takes a copy of, since its rows are not side by side."""
+    room, weight, bias = kernels.Room(), draws(6, 5), draws(5)
+    steps: list[int] = []
+
+    def step(given: torch.Tensor) -> torch.Tensor:
+        steps.append(len(given))
+        product = kernels.product(given[:, :6], weight, room("made", (len(given), 5), given.dtype))
+        return kernels.residual_norm(product, bias, given[:, 1:6], bias, bias, 1e-5, False, room)[0]
+
+    repeated, memory = kernels.Repeated(step), torch.empty(3, 150, 7)
+    for seed in range(3):
+        for k, given in enumerate([memory[0], memory[1], memory[2][:80]]):
+            given.copy_(draws(*given.shape, seed=10 * seed + k))
+            made = repeated(given).clone()
+            fresh = given[:, :6] @ weight
+            wanted = F.layer_norm((fresh + bias).relu() + given[:, 1:6], (5,), bias, bias)
+            torch.testing.assert_close(made, wanted)
+    assert steps == [150, 150, 80]
+
+
+@pytest.mark.parametrize("dtype", BOTH)
 def test_normals_around_something(dtype: torch.dtype) -> None:
     centre, alone, around = draws(90, 11, dtype=dtype), torch.empty(90, 11), torch.empty(90, 11)
     kernels.normals(alone, 0.1, None, 3)

@@ -113,3 +113,15 @@ def test_normals_go_on_and_start_anew() -> None:
     assert not torch.equal(draws(1, 30), draws(2, 30))
     assert draws(1, 3, 5).shape == (8, 3)
     assert torch.isfinite(draws(3, 300_001)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normals_around_pieces_are_those_around_the_whole(dtype: torch.dtype) -> None:
+    centre = torch.randn(50, 7).to(torch.bfloat16)
+    made = []
+    for around in (centre,), (centre[:1], centre[1:]), (centre[:0], centre[:20], centre[20:]):
+        draw = seeds.normals(torch.Generator().manual_seed(4))
+        made.append(draw(torch.empty(50, 7, dtype=dtype), 0.1, *around))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert 0.08 < float((made[0] - centre).std()) < 0.12

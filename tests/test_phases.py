@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cvfp import phase1, phase2, seeds
+from cvfp import kernels, phase1, phase2, seeds
 from cvfp.config import Experiment
 from cvfp.model import CVFP, Predictor, TokenInputs, initialise
 
@@ -19,14 +19,16 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-def make_model(tying: bool = True, freeze: bool = True, every: bool = True) -> CVFP:
+def make_model(
+    tying: bool = True, freeze: bool = True, every: bool = True, tokens: int = 1
+) -> CVFP:
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(20, 8, generator=generator)
     model = CVFP(
         table,
         num_layers=2,
         context_dim=10,
-        num_input_tokens=1,
+        num_input_tokens=tokens,
         token_input_all_layers=every,
         weight_tying=tying,
         freeze_embedding=freeze,
@@ -206,12 +208,12 @@ def test_evaluation_equals_a_token_by_token_loop(tying: bool) -> None:
     assert made.loss == pytest.approx(float(made.nats.mean()))
 
 
-def phase2_run(model: CVFP, **fields: Any) -> phase2.Phase2:
+def phase2_run(model: CVFP, products: str = "", **fields: Any) -> phase2.Phase2:
     experiment = Experiment(**{**SMALL, "phase2_batch_size": 32, **fields})
     generator = torch.Generator().manual_seed(1)
     contexts = torch.randn(300, 10, generator=generator)
     return phase2.train(
-        phase2.Positions(model, contexts, make_tokens(300)),
+        phase2.Positions(model, contexts, make_tokens(300), products or experiment.precision),
         phase2.Positions(model, contexts[:100], make_tokens(300)[:100]),
         experiment,
         torch.Generator().manual_seed(2),
@@ -295,6 +297,44 @@ def test_phase2_does_not_depend_on_chunks(
     made = phase2_run(make_model(), phase2_epochs=2, phase2_shuffle=shuffle)
     assert made.train_loss == pytest.approx(wanted.train_loss, abs=1e-6)
     torch.testing.assert_close(made.validation.nats, wanted.validation.nats, rtol=0, atol=1e-5)
+
+
+def test_the_head_may_have_another_precision_than_the_block() -> None:
+    mixed = phase2_run(make_model(), products="float32", precision="bfloat16").history
+    exact = phase2_run(make_model()).history
+    assert mixed != exact
+    assert [row["val_loss"] for row in mixed] == pytest.approx(
+        [row["val_loss"] for row in exact], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("every", "tokens"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_phase2_repeats_steps_without_a_difference(
+    precision: str, every: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second epoch on every step is one already made, in the same memory."""
+    made: list[int] = []
+    plain = phase2.TokenStep.__init__
+
+    def counted(self: Any, *given: Any) -> None:
+        made.append(1)
+        plain(self, *given)
+
+    monkeypatch.setattr(phase2.TokenStep, "__init__", counted)
+
+    def run(most: int) -> tuple[int, list[dict[str, float]], list[torch.Tensor]]:
+        monkeypatch.setattr(kernels.Repeated, "MOST", most)
+        model = make_model(every=every, tokens=tokens)
+        made.clear()
+        history = phase2_run(model, precision=precision, phase2_epochs=3).history
+        return sum(made), history, [p.detach().clone() for p in model.token_block.parameters()]
+
+    (all_steps, *wanted), (first_epoch, *found) = run(0), run(64)
+    assert first_epoch < all_steps / 2
+    assert wanted[0] == found[0]
+    for mine, theirs in zip(wanted[1], found[1], strict=True):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-6), ("bfloat16", 2e-2)])
