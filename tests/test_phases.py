@@ -20,13 +20,13 @@ SMALL: dict[str, Any] = dict(
 
 
 def make_model(
-    tying: bool = True, freeze: bool = True, every: bool = True, tokens: int = 1
+    tying: bool = True, freeze: bool = True, every: bool = True, tokens: int = 1, layers: int = 2
 ) -> CVFP:
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(20, 8, generator=generator)
     model = CVFP(
         table,
-        num_layers=2,
+        num_layers=layers,
         context_dim=10,
         num_input_tokens=tokens,
         token_input_all_layers=every,
@@ -220,9 +220,9 @@ def phase2_run(model: CVFP, products: str = "", **fields: Any) -> phase2.Phase2:
     )
 
 
-@pytest.mark.parametrize("every", [True, False])
-def test_phase2_stream_order_equals_a_literal_loop(every: bool) -> None:
-    model, literal = make_model(every=every), make_model(every=every)
+@pytest.mark.parametrize(("every", "layers"), [(True, 2), (False, 2), (True, 4)])
+def test_phase2_stream_order_equals_a_literal_loop(every: bool, layers: int) -> None:
+    model, literal = (make_model(every=every, layers=layers) for _ in range(2))
     made = phase2_run(model, phase2_epochs=2, phase2_shuffle=False)
     contexts = torch.randn(300, 10, generator=torch.Generator().manual_seed(1))
     tokens = make_tokens(300)
