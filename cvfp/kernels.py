@@ -246,7 +246,8 @@ class Room:
         key = name, *shape, dtype
         kept = self.kept.get(key)
         if kept is None:
-            kept = self.kept[key] = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+            # Zeros: a product may read beside what it is given, and NaN·0 is NaN.
+            kept = self.kept[key] = torch.zeros(tuple(shape), dtype=dtype, device="cpu")
             vars(kept)["array"] = _array(kept.detach())  # of its own it would never be freed
         return kept
 
@@ -873,6 +874,7 @@ def table_loss(
         some = slice(first, min(first + at_once, rows))
         size = some.stop - first
         whole = room("logits", (size, _apart(len(table), query.dtype)), query.dtype)
+        whole[:, len(table) :] = 0  # what the second product may read, too
         logits = product(query[some], table.T, whole[:, : len(table)])
         call(
             _weighed,
