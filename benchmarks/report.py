@@ -40,6 +40,14 @@ def seconds(found: dict[str, Any]) -> str:
     return f"{_short(found['median'])} ({_short(low)}–{_short(high)})"
 
 
+def from_start(found: dict[str, Any]) -> str:
+    return (
+        f"{seconds(found['to_training'])} s, of which `import torch` "
+        f"{seconds(found['import_torch'])}; to Phase 1's first step, an iteration over all tokens, "
+        f"{seconds(found['to_first_step'])} s; to the end of the run {seconds(found['to_end'])} s."
+    )
+
+
 def _short(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
@@ -102,12 +110,17 @@ def run(found: dict[str, Any]) -> str:
         + (f", on the device {device / 1024:.1f} GiB." if device else ".")
     ]
     if "start" in found:
-        start = found["start"]
         lines.append(
-            f"From the start of a process to training, caches filled: "
-            f"{seconds(start['to_training'])} s; to the end of the run "
-            f"{seconds(start['to_end'])} s."
+            "From the start of a process to training, caches filled (Python's bytecode too): "
+            + from_start(found["start"])
         )
+        if "without_bytecode" in found["start"]:
+            lines.append(
+                "The same with this machine's environment as it is, which forbids Python to keep "
+                "bytecode (`PYTHONDONTWRITEBYTECODE`), so that modules installed without it are "
+                "compiled at every start, torch's among them: "
+                + from_start(found["start"]["without_bytecode"])
+            )
     return "\n\n".join(lines)
 
 
@@ -213,6 +226,10 @@ def section(path: Path) -> str:
         f"{found['rates']['float32'] / 1e12:.2f} in float32.",
         f"`python -m benchmarks.speed {path} --setting {found['setting']}`",
     ]
+    stolen = {name: part for name, part in found.get("stolen", {}).items() if part is not None}
+    if stolen:
+        lines[1] += " The processors' time that their host gave to others meanwhile: "
+        lines[1] += ", ".join(f"{name} {part:.0%}" for name, part in stolen.items()) + "."
     for name, written in (
         ("stages", stages),
         ("run", run),

@@ -12,6 +12,7 @@ an earlier checkout of this repository in turn with this one, each in a process 
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import importlib.util
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -379,25 +381,44 @@ def summary(kept: dict[str, list[Any]], tokens: int, flops: float) -> dict[str, 
 
 STARTER = """
 import sys, time
-began = float(sys.argv[4])
+began, times = float(sys.argv[4]), {}
+def reached(what):
+    times.setdefault(what, time.time() - began)
+import torch
+reached("import_torch")
 import cvfp
 from benchmarks import speed
-exp = speed.experiment(sys.argv[1], seed=int(sys.argv[2]))
-train, start = cvfp.phase1.train, []
-def watched(*given, **named):
-    start.append(time.time() - began)
-    if sys.argv[3] == "start":
-        sys.exit(print("STARTED", start[0], start[0]))
+train, step = cvfp.phase1.train, cvfp.phase1.Adam.step
+def trained(*given, **named):
+    reached("to_training")
     return train(*given, **named)
-cvfp.phase1.train = watched
-cvfp.run(exp, reuse=False)
-print("STARTED", start[0], time.time() - began)
+def stepped(*given):
+    step(*given)
+    reached("to_first_step")
+    if sys.argv[3] == "start":
+        sys.exit(print("STARTED", times))
+cvfp.phase1.train, cvfp.phase1.Adam.step = trained, stepped
+cvfp.run(speed.experiment(sys.argv[1], seed=int(sys.argv[2])), reuse=False)
+reached("to_end")
+print("STARTED", times)
 """
 
 
 def cold(setting: str, repeats: int) -> dict[str, Any]:
-    """From the start of a process to training, and to the end of the run; caches filled."""
-    made = []
+    """From the start of a process to training, and to the end of the run; caches filled, Python's
+    bytecode among them. Containers often forbid Python to keep bytecode; then it compiles torch's
+    modules at every start, which is measured beside it."""
+    bytecode = str(cache.home() / "bytecode")
+    keeping = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode}
+    processes(setting, 1, keeping)  # fills the caches
+    made = processes(setting, repeats, keeping)
+    if sys.dont_write_bytecode:
+        made["without_bytecode"] = processes(setting, repeats, {})
+    return made
+
+
+def processes(setting: str, repeats: int, environment: dict[str, str]) -> dict[str, Any]:
+    made: dict[str, list[float]] = {}
     for seed in range(2 * repeats):
         until = "start" if seed % 2 else "end"
         ran = subprocess.run(
@@ -405,11 +426,13 @@ def cold(setting: str, repeats: int) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=True,
+            env={**os.environ, **environment},
         )
-        made.append([float(x) for x in ran.stdout.split("STARTED")[1].split()])
-        print(f"  start: {made[-1]}", file=sys.stderr, flush=True)
-    ends = [m[1] for m in made[::2]]
-    return {"to_training": spread([m[0] for m in made]), "to_end": spread(ends)}
+        times = ast.literal_eval(ran.stdout.split("STARTED")[1].strip())
+        for name, seconds in times.items():
+            made.setdefault(name, []).append(seconds)
+        print(f"  start: {times}", file=sys.stderr, flush=True)
+    return {name: spread(seconds) for name, seconds in made.items()}
 
 
 LADDER_WORKER = """
@@ -508,8 +531,9 @@ def main() -> None:
         "setting": given.setting,
         "precision": bench.exp.precision,
         "machine": machine(bench.device),
-        "rates": {str(t)[6:]: bench.rate(t) for t in (torch.bfloat16, torch.float32)},
     }
+    if "stages" in parts or "rates" not in found:  # theirs are the floors
+        found["rates"] = {str(t)[6:]: bench.rate(t) for t in (torch.bfloat16, torch.float32)}
     work: dict[str, Callable[[], Any]] = {
         "stages": bench.stages,
         "run": bench.run,
@@ -517,13 +541,25 @@ def main() -> None:
         "slope": bench.slope,
         "start": lambda: cold(given.setting, min(3, given.repeats)),
     }
+    if given.against:
+        work["against"] = lambda: against(given.against, given.repeats)
+        parts.append("against")
+    stolen = found.setdefault("stolen", {})
     for part in parts:
         print(part, file=sys.stderr, flush=True)
+        before = psutil.cpu_times()
         found[part] = work[part]()
+        stolen[part] = taken_by_others(before, psutil.cpu_times())
         _write(given.file, found)
-    if given.against:
-        found["against"] = against(given.against, given.repeats)
-        _write(given.file, found)
+
+
+def taken_by_others(before: Any, after: Any) -> float | None:
+    """Part of the processors' time that the machine they are virtual on gave to others."""
+    if not hasattr(after, "steal"):
+        return None  # counted on Linux only
+    # What guests of this machine took is in `user` already.
+    passed = sum(after[:8]) - sum(before[:8])
+    return float((after.steal - before.steal) / passed)
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

@@ -27,15 +27,18 @@ def home() -> Path:
 def digest(*parts: object) -> str:
     """A key for content: 20 hex digits of the SHA-256 of bytes, tensors and JSON-able values."""
     sha = hashlib.sha256()
+    data: bytes | memoryview
     for part in parts:
         if isinstance(part, torch.Tensor):
-            data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            # No copy of its bytes: hashing a large table is part of every start.
+            data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         elif isinstance(part, bytes):
             data = part
         else:
             data = json.dumps(part, sort_keys=True).encode()
         # The length keeps ("ab", "c") and ("a", "bc") apart.
-        sha.update(len(data).to_bytes(8, "big") + data)
+        sha.update(len(data).to_bytes(8, "big"))
+        sha.update(data)
     return sha.hexdigest()[:20]
 
 

@@ -174,10 +174,10 @@ class Repeated:
 
     Args:
         step: takes tensors. What it does to numbers, it does by `call`, in memory that it takes
-            again every time.
+            again every time, and what it returns is the same tensor every time.
     """
 
-    MOST = 64  # lists kept
+    MOST = 256  # lists kept
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self.step = step
@@ -203,7 +203,7 @@ class Repeated:
         return output
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a·b in `out`, by `call`."""
     call(partial(torch.mm, out=out), a, b)
     return out
@@ -246,7 +246,7 @@ class Room:
         key = name, *shape, dtype
         kept = self.kept.get(key)
         if kept is None:
-            # Zeros: a product may read beside what it is given, and NaN·0 is NaN.
+            # Zeros: a product of bfloat16 reads beside rows of an odd length, and NaN·0 is NaN.
             kept = self.kept[key] = torch.zeros(tuple(shape), dtype=dtype, device="cpu")
             vars(kept)["array"] = _array(kept.detach())  # of its own it would never be freed
         return kept
@@ -277,7 +277,9 @@ def _parts(rows: int) -> int:
     """Into how many parts the rows are shared out: as many as torch has threads, if it pays."""
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if _running.get() != threads:
+        asked = torch.get_num_threads()
         numba.set_num_threads(threads)
+        torch.set_num_threads(asked)  # numba's threads start at OpenMP's full number, for torch too
         _running.set(threads)
     return max(1, min(threads, rows // _WORTH_SHARING))
 
@@ -874,8 +876,7 @@ def table_loss(
         some = slice(first, min(first + at_once, rows))
         size = some.stop - first
         whole = room("logits", (size, _apart(len(table), query.dtype)), query.dtype)
-        whole[:, len(table) :] = 0  # what the second product may read, too
-        logits = product(query[some], table.T, whole[:, : len(table)])
+        logits = matmul(query[some], table.T, whole[:, : len(table)])
         call(
             _weighed,
             _parts(size),
@@ -888,7 +889,7 @@ def table_loss(
             _array(scale[some]),
             len(table),
         )
-        product(logits, table, expected[some])
+        matmul(logits, table, expected[some])
     given = [_array(t) for t in (expected, scale, table, target)]
     call(_pulled, _parts(rows), *given, share, _array(gradient))
     return nats, gradient

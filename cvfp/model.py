@@ -131,7 +131,7 @@ class ResidualNorm:
 
             room = self.room = room or kernels.Room()
             size = a.shape[0], b.shape[1]
-            product = kernels.product(a, b, room("product", size, a.dtype))
+            product = kernels.matmul(a, b, room("product", size, a.dtype))
             moments: Any
             self.out, self.rounded, moments = kernels.residual_norm(
                 product, bias, residual, scale, shift, eps, keep, room, place
@@ -171,7 +171,7 @@ class ResidualNorm:
             room = room or kernels.Room()
             more = None
             if added is not None:
-                more = kernels.product(*added, room("more", product.shape, product.dtype))
+                more = kernels.matmul(*added, room("more", product.shape, product.dtype))
             return kernels.residual_norm_backward(
                 gradient, more, product, bias, under, scale, moments, self.room, room
             )
@@ -496,8 +496,9 @@ class TokenBlock(nn.Module):
         Args:
             dtype: that the products are taken in; None: autocast's, or that of the weights.
             room: on a CPU, memory for all there is to keep, which the next call takes again: h and
-                its gradients are for use before that. Contexts are then given in that type, with
-                room for h beside each: [B, widths[i] + read].
+                its gradients are for use before that. Contexts are then given in that type and with
+                columns beside them, at least `reads[i]`: e is in those beside the first already,
+                and h is put into those beside the others.
         """
         if dtype is None:  # what a caller's autocast asks for, if there is one
             device = inputs.device.type
@@ -574,7 +575,7 @@ class TokenStep:
         from cvfp import kernels
 
         room, size = self.room.of("token layer", layer), (a.shape[0], b.shape[1])
-        made = kernels.product(a, b, room("weight", size, a.dtype))
+        made = kernels.matmul(a, b, room("weight", size, a.dtype))
         return made if a.dtype == dtype else kernels.copied(made, room("weight", size, dtype))
 
     @property
@@ -715,7 +716,17 @@ class CVFP(Predictor):
         self.register_buffer("context_table", None if freeze_embedding else table.clone())
 
     def context_inputs(self, tokens: Tensor, history: Tensor | None = None) -> TokenInputs:
-        """What the ContextBlock reads at each position of a stream (int64 [T])."""
+        """What the ContextBlock reads at each position of a stream (int64 [T]).
+
+        Raises:
+            ValueError: a token that the table has no row for.
+        """
+        if len(tokens):
+            for found in (int(tokens.min()), int(tokens.max())):
+                if not 0 <= found < len(self.embedding):
+                    raise ValueError(
+                        f"tokens: got {found}; accepted: 0 to {len(self.embedding) - 1}"
+                    )
         table = self.embedding if self.context_table is None else self.context_table
         return TokenInputs(tokens, table.detach(), self.num_input_tokens, history)
 

@@ -79,16 +79,23 @@ class Positions:
     """Positions of a stream with all that predicting the next token takes: contexts and tokens.
 
     Args:
-        contexts: [T, D]; position t reads row t-1, and zeros at t = 0. Not necessarily on the
-            model's device.
+        contexts: [T, D], float32 or bfloat16; position t reads row t-1, and zeros at t = 0. Not
+            necessarily on the model's device.
         tokens: int64 [T], on the model's device.
         precision: of the products.
+
+    Raises:
+        ValueError: contexts that end before the stream, or a token that the table has no row for.
     """
 
     def __init__(
         self, model: CVFP, contexts: Tensor, tokens: Tensor, precision: str = "float32"
     ) -> None:
-        self.model, self.contexts, self.tokens = model, contexts, tokens
+        if contexts.numel() and len(contexts) < len(tokens) - 2:  # the last that is read
+            raise ValueError(
+                f"contexts: got {len(contexts)} rows; accepted: {len(tokens)}, as many as tokens"
+            )
+        self.model, self.contexts, self.tokens = model, contexts.contiguous(), tokens
         self.room: Room | None = None
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
@@ -171,8 +178,8 @@ class Positions:
     @contextmanager
     def reusing(self) -> Iterator[None]:
         """On a CPU, take the same memory every time, until the outermost of these ends: what
-        `fixed` and `hidden` make is for use before they are next called. Fresh memory costs as much
-        as what is done with it."""
+        `reads`, `fixed` and `hidden` make is for use before they are next called. Fresh memory
+        costs as much as what is done with it."""
         before = self.room
         if before is None and looped(self.context_inputs.table):
             from cvfp import kernels

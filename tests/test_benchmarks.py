@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from test_phases import make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import literal, report
-from benchmarks.speed import Bench
+from benchmarks.speed import Bench, taken_by_others
 from cvfp import Experiment, phase1, phase2
 from cvfp.model import TokenInputs
 
@@ -88,3 +89,10 @@ def test_report_is_what_the_files_give(tmp_path: Path, monkeypatch: pytest.Monke
     files = sorted(Path("reports/performance").glob("*.json"))
     report.main(str(tmp_path / "made.md"), *map(str, files))
     assert (tmp_path / "made.md").read_text() == Path("reports/performance.md").read_text()
+
+
+def test_time_that_others_took() -> None:
+    Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")
+    before, after = Times(1, 1, 0, 5, 0, 0, 0, 2, 1, 1), Times(3, 1, 0, 8, 1, 0, 0, 4, 3, 1)
+    assert taken_by_others(before, after) == 2 / 8
+    assert taken_by_others(before[:4], after[:4]) is None

@@ -147,7 +147,7 @@ def test_repeated_does_the_same_to_other_numbers() -> None:
 
     def step(given: torch.Tensor) -> torch.Tensor:
         steps.append(len(given))
-        product = kernels.product(given[:, :6], weight, room("made", (len(given), 5), given.dtype))
+        product = kernels.matmul(given[:, :6], weight, room("made", (len(given), 5), given.dtype))
         return kernels.residual_norm(product, bias, given[:, 1:6], bias, bias, 1e-5, False, room)[0]
 
     repeated, memory = kernels.Repeated(step), torch.empty(3, 150, 7)
@@ -207,10 +207,7 @@ def test_table_loss_is_cross_entropy(
     logits = logits + (query @ table.T).double() - logits.detach()
     wanted = F.cross_entropy(logits, target, reduction="none")
     wanted.mean().backward()
-    room = kernels.Room()  # whose memory may hold anything, also where rows are apart
-    for rows in (60, 20):
-        room("logits", (rows, kernels._apart(31, dtype)), dtype).fill_(math.nan)
-    nats, gradient = kernels.table_loss(query, table, longest, target, room)
+    nats, gradient = kernels.table_loss(query, table, longest, target)
     torch.testing.assert_close(nats.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
     assert leaf.grad is not None
     torch.testing.assert_close(
@@ -271,6 +268,24 @@ print([hash(one.numpy().tobytes()) for one in made])
     ]
     assert list(tmp_path.rglob("*.nbc"))
     assert made[0] == made[1]
+
+
+def test_loops_take_as_many_threads_as_torch_and_leave_it_as_many() -> None:
+    code = """
+import torch
+torch.set_num_threads(1)
+from cvfp import kernels
+x, one = torch.randn(3000, 64), torch.ones(64)
+for threads in (1, 2, 1):
+    torch.set_num_threads(threads)
+    kernels.residual_norm(x, one, x, one, one, 1e-5, False)
+    print(torch.get_num_threads(), kernels.numba.get_num_threads())
+"""
+    env = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    assert ran.stdout.split() == ["1", "1", "2", "2", "1", "1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the linker")

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cvfp import kernels, phase1, phase2, seeds
+from cvfp import controls, kernels, phase1, phase2, seeds
 from cvfp.config import Experiment
+from cvfp.experiment import build_cvfp
 from cvfp.model import CVFP, Predictor, TokenInputs, initialise
 
 SMALL: dict[str, Any] = dict(
@@ -330,11 +331,75 @@ def test_phase2_repeats_steps_without_a_difference(
         history = phase2_run(model, precision=precision, phase2_epochs=3).history
         return sum(made), history, [p.detach().clone() for p in model.token_block.parameters()]
 
-    (all_steps, *wanted), (first_epoch, *found) = run(0), run(64)
+    (all_steps, *wanted), (first_epoch, *found), (some, *part) = run(0), run(64), run(3)
+    assert first_epoch < some < all_steps
     assert first_epoch < all_steps / 2
-    assert wanted[0] == found[0]
-    for mine, theirs in zip(wanted[1], found[1], strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+    assert wanted[0] == found[0] == part[0]
+    for mine, *others in zip(wanted[1], found[1], part[1], strict=True):
+        assert all(torch.equal(mine, other) for other in others)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize(("every", "tokens"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize("control", ["trained", "zero", "shuffled", "window"])
+def test_phase2_in_memory_taken_again_equals_fresh_memory(
+    control: str,
+    every: bool,
+    tokens: int,
+    freeze: bool,
+    layers: int,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_memory_is_nan: None,
+) -> None:
+    """Chunks and batches of two sizes, fresh memory full of NaN."""
+    monkeypatch.setitem(phase2.CHUNK, "cpu", 64)
+
+    def run() -> list[float]:
+        exp = Experiment(
+            **SMALL,
+            contexts=control,
+            freeze_embedding=freeze,
+            num_input_tokens=tokens,
+            token_input_all_layers=every,
+            window_tokens=2,
+            phase2_batch_size=32,
+            phase2_epochs=2,
+        ).replace(num_layers=layers, precision=precision)
+        generator = torch.Generator().manual_seed(1)
+        model = build_cvfp(exp, torch.randn(20, 8, generator=generator))
+        contexts, stream = torch.randn(300, 10, generator=generator), make_tokens(300)
+        found = phase2.train(
+            controls.positions(model, contexts, stream, exp, precision),
+            controls.positions(model, contexts[:101], stream[:101], exp),
+            exp,
+            torch.Generator().manual_seed(2),
+        )
+        return [row[name] for row in found.history for name in ("train_loss", "val_loss")]
+
+    made = run()
+    monkeypatch.setattr(phase2, "looped", lambda parameter: False)
+    assert made == pytest.approx(run(), rel=1e-5 if precision == "float32" else 3e-3)
+
+
+def test_positions_name_what_does_not_fit() -> None:
+    model, tokens = make_model(), make_tokens(30)
+    with pytest.raises(ValueError, match="contexts: got 20 rows; accepted: 30"):
+        phase2.Positions(model, torch.randn(20, 10), tokens)
+    for wrong in (-1, 20):
+        tokens[29] = wrong  # only ever predicted
+        with pytest.raises(ValueError, match=f"tokens: got {wrong}; accepted: 0 to 19"):
+            phase2.Positions(model, torch.randn(30, 10), tokens)
+
+
+def test_contexts_may_be_of_any_layout() -> None:
+    model, tokens = make_model(), make_tokens(30)
+    contexts = torch.randn(10, 30).T
+    made = phase2.evaluate(phase2.Positions(model, contexts, tokens))
+    wanted = phase2.evaluate(phase2.Positions(model, contexts.contiguous(), tokens))
+    torch.testing.assert_close(made.nats, wanted.nats)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-6), ("bfloat16", 2e-2)])
