@@ -145,6 +145,7 @@ def slope(found: dict[str, Any]) -> str:
             "peak memory, GiB",
         ]
     ]
+    on_device = any(one["peak_device_memory_mib"] for one in found["slope"])
     for one in found["slope"]:
         rows.append(
             [
@@ -154,7 +155,7 @@ def slope(found: dict[str, Any]) -> str:
                     _short(one[name]) if name in one else ""
                     for name in ("phase1_iteration", "phase2_epoch", "contexts")
                 ),
-                f"{one['peak_device_memory_mib'] / 1024:.2f}",
+                f"{one['peak_device_memory_mib'] / 1024:.2f}" if on_device else "",
                 f"{one['peak_memory_mib'] / 1024:.2f}",
             ]
         )
@@ -168,7 +169,7 @@ def slope(found: dict[str, Any]) -> str:
     ):
         power = np.polyfit(np.log(tokens), np.log([one[name] for one in auto]), 1)[0]
         said.append(f"{title} {power:.3f}")
-    memory = "peak_device_memory_mib" if auto[-1]["peak_device_memory_mib"] else "peak_memory_mib"
+    memory = "peak_device_memory_mib" if on_device else "peak_memory_mib"
     per_token, base = np.polyfit(tokens, [one[memory] * 2**20 for one in auto], 1)
     return (
         table(rows)
