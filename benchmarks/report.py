@@ -44,7 +44,8 @@ def from_start(found: dict[str, Any]) -> str:
     return (
         f"{seconds(found['to_training'])} s, of which `import torch` "
         f"{seconds(found['import_torch'])}; to Phase 1's first step, an iteration over all tokens, "
-        f"{seconds(found['to_first_step'])} s; to the end of the run {seconds(found['to_end'])} s."
+        f"{seconds(found['to_first_step'])} s; to the end of the run {seconds(found['to_end'])} s. "
+        f"{found['to_training']['turns']} processes, {found['to_end']['turns']} to the end."
     )
 
 
@@ -102,7 +103,8 @@ def run(found: dict[str, Any]) -> str:
     device = one["peak_device_memory_mib"]
     lines = [
         "A whole run with data and table cached, storing included: "
-        f"**{seconds(one['seconds'])} s** in a warm process ({parts}); the first "
+        f"**{seconds(one['seconds'])} s** in a warm process ({one['seconds']['turns']} turns; "
+        f"{parts}); the first "
         f"of a process {_short(one['first_seconds'])} s. "
         f"{one['train_tokens']:,} training and {one['val_tokens']:,} validation tokens, "
         f"{one['epochs']} epochs, perplexity {one['val_ppl']:.2f}. Peak memory "
@@ -130,7 +132,10 @@ def ladder(found: dict[str, Any]) -> str:
     rows.append(["training tokens", *(f"{tokens:,}" for tokens in one["train_tokens"])])
     rows.append(["perplexity", *(f"{ppl:.1f}" for ppl in one["val_ppl"])])
     rows.append(["epochs", *map(str, one["epochs"])])
-    return f"The ladder, warm: **{seconds(one['seconds'])} s** in all.\n\n" + table(rows)
+    turns = one["seconds"]["turns"]
+    return f"The ladder, warm: **{seconds(one['seconds'])} s** in all, {turns} turns.\n\n" + table(
+        rows
+    )
 
 
 def slope(found: dict[str, Any]) -> str:
@@ -177,7 +182,8 @@ def slope(found: dict[str, Any]) -> str:
         + ", ".join(said)
         + f". Peak {'device ' if 'device' in memory else ''}memory grows by {per_token:,.0f} bytes "
         f"a token from {base / 2**30:.2f} GiB. The stream of the run above is repeated to reach "
-        "these lengths; the mean of two iterations, one epoch with its recording and validation."
+        "these lengths; the mean of two iterations, one epoch with its recording and validation. "
+        f"Medians of turns, as fits: {auto[0]['turns']}, host and disk: 1."
     )
 
 
@@ -225,7 +231,8 @@ def section(path: Path) -> str:
         f"{on['threads']} threads, torch {on['torch']}, Python {on['python']}, {on['date']}. One "
         f"large product: {found['rates']['bfloat16'] / 1e12:.2f} TFLOP/s in bfloat16, "
         f"{found['rates']['float32'] / 1e12:.2f} in float32.",
-        f"`python -m benchmarks.speed {path} --setting {found['setting']}`",
+        f"`python -m benchmarks.speed {path} --setting {found['setting']}"
+        + (" --against CHECKOUT`" if "against" in found else "`"),
     ]
     stolen = {name: part for name, part in found.get("stolen", {}).items() if part is not None}
     if stolen:
