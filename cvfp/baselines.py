@@ -1,6 +1,7 @@
-"""Language models without CVFP on the same tokens: the lines that stand beside every perplexity.
+"""Baselines for every perplexity: language models without CVFP on the same tokens.
 
-All are exact: float64 probabilities that sum to one over the vocabulary, tested against loops.
+Probabilities are exact: float64, summing to one over the vocabulary, tested against loops. Own
+code, since no library was found that has Kneser-Ney with exact values at array speed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NAMES = {
 def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
     """Mean nats per predicted validation token of each baseline in `NAMES`.
 
-    None where there is nothing to measure: no table fitted as a language model, no fitting set.
+    None: not available, without a table fitted as a language model or without a fitting set.
     """
     target = data.validation.tokens
     train, fitting = _samples(data.train), _samples(data.fitting)
@@ -47,7 +48,7 @@ def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
 
 
 def _samples(stream: Stream) -> list[Tensor]:
-    """One tensor for the stream: contexts cross sample borders, so may the bigram's."""
+    """One tensor for the stream: CVFP's contexts cross sample borders, so n-grams may, too."""
     return [stream.tokens] if len(stream) else []
 
 
@@ -66,13 +67,13 @@ def unigram_nats(streams: list[Tensor], target: Tensor, vocab_size: int) -> Floa
 def kneser_ney_nats(
     streams: list[Tensor], target: Tensor, vocab_size: int, order: int = 2
 ) -> Floats:
-    """Interpolated Kneser-Ney n-gram: nats of tokens 1 … T-1 of `target`, given those before.
+    """Interpolated Kneser-Ney n-gram: nats of tokens 1 … T-1 of `target`.
 
     p(y|h) = max(c(h,y) − d, 0)/c(h) + d·N(h·)/c(h) · p(y|h'), where c counts n-grams at the highest
-    order and, under it, the different tokens that precede one; N(h·) is the number of different
-    followers of h, h' is h without its first token, and d = n1/(n1 + 2·n2) for each order. The last
-    p is the uniform distribution, so that unseen tokens have a share (Kneser & Ney 1995; Chen &
-    Goodman 1998). The first tokens, with fewer before them, are predicted by the lower orders.
+    order and, at lower ones, the distinct tokens that precede one; N(h·) is the number of distinct
+    followers of h, h' is h without its first token, and d = n1/(n1 + 2·n2) for each order. The
+    lowest p is uniform, so that unseen tokens have some probability (Kneser & Ney 1995; Chen &
+    Goodman 1998). The first tokens, with a shorter history, are predicted by the lower orders.
 
     Raises:
         ValueError: an order under 1, or one whose n-grams do not fit 64 bits.
@@ -82,12 +83,12 @@ def kneser_ney_nats(
     grams, counts = _grams([s.numpy().astype(np.int64) for s in streams], vocab_size, order)
     levels = [(grams, counts)]
     for shorter in range(order - 1, 0, -1):
-        # Each n-gram that there is counts once for its end: in how many contexts that occurs.
+        # Continuation counts: each distinct n-gram counts once for its suffix.
         levels.append(np.unique(levels[-1][0] % vocab_size**shorter, return_counts=True))
     tokens = target.numpy().astype(np.int64)
     probability = np.full(len(tokens) - 1, 1 / vocab_size)
     for number, (grams, counts) in enumerate(reversed(levels), start=1):
-        skipped = max(0, number - 2)  # tokens 1 … T-1 that have fewer than this order's before them
+        skipped = max(0, number - 2)  # tokens 1 … T-1 whose history is shorter than this order's
         wanted = _keys(tokens, vocab_size, number)[number == 1 :]
         probability[skipped:] = _interpolated(
             grams, counts, wanted, vocab_size, probability[skipped:]
@@ -123,7 +124,7 @@ def _interpolated(
     if not len(grams):  # a stream shorter than this order
         return lower
     discount = _discount(counts)
-    # Sorted n-grams: those of one history stand together.
+    # The n-grams are sorted: those of one history are adjacent.
     histories, first = np.unique(grams // vocab_size, return_index=True)
     total = np.add.reduceat(counts, first)
     followers = np.diff(np.append(first, len(grams)))
@@ -137,13 +138,13 @@ def _interpolated(
 def _find(
     among: NDArray[np.int64], wanted: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where each stands in a sorted array, and whether it does."""
+    """Each value's position in a sorted array, and whether it is in there at all."""
     place = np.minimum(np.searchsorted(among, wanted), len(among) - 1)
     return place, among[place] == wanted
 
 
 def _discount(counts: NDArray[np.int64]) -> float:
-    """n1/(n1 + 2·n2), from how many counts are one and how many two (Ney et al. 1994)."""
+    """n1/(n1 + 2·n2), with n1 counts of one and n2 of two (Ney et al. 1994)."""
     ones, twos = int(np.count_nonzero(counts == 1)), int(np.count_nonzero(counts == 2))
-    # Too few for the estimate: half a count, between its limits 0 and 1.
+    # No estimate from so few: half a count, the middle of its range.
     return ones / (ones + 2 * twos) if ones and twos else 0.5

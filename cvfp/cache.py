@@ -1,4 +1,4 @@
-"""Where state lives and how it gets there: CVFP_HOME, content keys, files that appear whole."""
+"""State on disk: CVFP_HOME, content keys, files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def digest(*parts: object) -> str:
             data = part
         else:
             data = json.dumps(part, sort_keys=True).encode()
-        # The length keeps ("ab", "c") and ("a", "bc") apart.
+        # The length tells ("ab", "c") from ("a", "bc").
         sha.update(len(data).to_bytes(8, "big"))
         sha.update(data)
     return sha.hexdigest()[:20]
@@ -44,14 +44,16 @@ def digest(*parts: object) -> str:
 
 @functools.cache
 def code_fingerprint(*modules: str) -> str:
-    """Digest of the modules' code: comments, docstrings and layout do not count."""
+    """Digest of the modules' code, packages whole; comments, docstrings and layout do not count."""
     sources = []
     for name in modules:
         spec = importlib.util.find_spec(f"cvfp.{name}")
         assert spec is not None
         assert spec.origin is not None
-        sources.append(Path(spec.origin).read_text(encoding="utf-8"))
-    # Parsing takes half a second: it is done once for the same text.
+        path = Path(spec.origin)
+        files = sorted(path.parent.glob("*.py")) if path.stem == "__init__" else [path]
+        sources += [file.read_text(encoding="utf-8") for file in files]
+    # Parsing takes half a second: its result is cached under the digest of the text.
     path = home() / "code" / digest(sources, list(sys.version_info))
     if not path.exists():
         with whole(path) as temporary:
@@ -71,7 +73,7 @@ def normalised(source: str) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well: never half a file."""
+    """A temporary path, renamed to `path` if the block does not raise: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     os.close(handle)
@@ -85,15 +87,15 @@ def whole(path: Path) -> Iterator[Path]:
 def tensors(
     kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors kept under `kind` and `key`, made by `make` and kept if they are not there."""
-    return load_file(kept(kind, key, make))
+    """The tensors cached as `kind` and `key`; `make` computes them the first time."""
+    return load_file(tensor_file(kind, key, make))
 
 
-def kept(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> Path:
-    """The file of those tensors."""
+def tensor_file(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> Path:
+    """The safetensors file of the same."""
     path = home() / kind / f"{key}.safetensors"
     if not path.exists():
-        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        contents = {name: tensor.contiguous() for name, tensor in make().items()}
         with whole(path) as temporary:
-            save_file(made, temporary)
+            save_file(contents, temporary)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Iterable
@@ -12,19 +13,10 @@ from typing import Any, Literal
 
 import torch
 
+from cvfp import ops, registry
+from cvfp.errors import ParameterError as ParameterError
+
 Stage = Literal["data", "context", "phase1", "phase2", "run"]
-
-
-class ParameterError(ValueError):
-    """A parameter has a value that cannot be used; says which, what it was and what would be."""
-
-    def __init__(self, parameter: str, value: object, accepted: str) -> None:
-        self.parameter, self.value, self.accepted = parameter, value, accepted
-        super().__init__(f"{parameter}: got {value!r}; accepted: {accepted}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The default would call the class with the one-string message (sweeps cross processes).
-        return type(self), (self.parameter, self.value, self.accepted)
 
 
 def _field(
@@ -36,9 +28,17 @@ def _field(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    later: bool = False,
 ) -> Any:
+    """Args: later: the field came after runs were stored; at its default it is no part of keys."""
     metadata = dict(
-        stage=stage, description=description, low=low, high=high, above=above, below=below
+        stage=stage,
+        description=description,
+        low=low,
+        high=high,
+        above=above,
+        below=below,
+        later=later,
     )
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -104,6 +104,20 @@ class Experiment:
         True, "context", "every ContextBlock layer sees the tokens; False: equal-decrease design"
     )
 
+    context_std: float = _field(
+        0.1, "context", "initial deviation of the ContextBlock's weights on c", above=0, later=True
+    )
+    input_std: float = _field(
+        0.1, "context", "initial deviation of the ContextBlock's weights on e", low=0, later=True
+    )
+
+    objective: str = _field(
+        "published",
+        "phase1",
+        "what Phase 1 minimises: 'published', 'settle' (its first term alone), another registered "
+        "name, or 'module:function'",
+        later=True,
+    )
     dist_reg_weight: float = _field(
         0.8, "phase1", "w, weight of the diversity term in the Phase 1 loss", low=0, high=1
     )
@@ -146,6 +160,9 @@ class Experiment:
         "initialised, 'zero'es, trained ones 'shuffled' between positions, a plain 'window' of "
         "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1",
     )
+    token_block_std: float = _field(
+        0.1, "phase2", "initial deviation of the TokenBlock's weights", low=0, later=True
+    )
     window_tokens: int = _field(16, "phase2", "tokens before the current one in a 'window'", low=1)
     unroll: int = _field(
         32, "phase2", "tokens that gradients of 'end_to_end' and of the peers flow back", low=1
@@ -164,7 +181,10 @@ class Experiment:
     seed: int = _field(42, "run", "moves initialisation, noise and batches; not the data", low=0)
     device: str = _field("auto", "run", "'auto', 'cpu', 'cuda' or 'mps'")
     precision: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", "run", "'auto': bfloat16 where the hardware multiplies it natively, else float32"
+        "auto", "run", "'auto': bfloat16 where its products are faster here, else float32"
+    )
+    ops: Literal["auto", "plain"] = _field(
+        "auto", "run", "'auto': the fastest form of each formula; 'plain': as it reads", later=True
     )
 
     def __new__(cls, **given: Any) -> Experiment:
@@ -195,6 +215,7 @@ class Experiment:
             )
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ParameterError("device", self.device, "'auto', 'cpu', 'cuda' or 'mps'")
+        registry.resolve("objective", self.objective)
 
     @classmethod
     def preset(cls, name: str = "mini", **overrides: Any) -> Experiment:
@@ -207,7 +228,7 @@ class Experiment:
             raise ParameterError("preset", name, " or ".join(map(repr, PRESETS)))
         _known(overrides)
         hints = _hints()
-        given = {k: _parse(v, hints[k]) for k, v in overrides.items() if v is not None}
+        given = {k: parse(v, hints[k]) for k, v in overrides.items() if v is not None}
         return cls(**{**PRESETS[name], **given})
 
     def replace(self, **changes: Any) -> Experiment:
@@ -232,6 +253,13 @@ class Experiment:
             if not stages or f.metadata["stage"] in stages
         }
 
+    def key_fields(self, *stages: Stage) -> dict[str, Any]:
+        """What a key holds of the fields of `stages`: a field that came later only where it is not
+        at its default, so that it does not make stored runs anew."""
+        later = {f.name: f.default for f in fields(self) if f.metadata["later"]}
+        chosen = self.to_dict(*stages)
+        return {k: v for k, v in chosen.items() if k not in later or v != later[k]}
+
     @staticmethod
     def describe() -> list[dict[str, Any]]:
         """One row per field: name, type, mini's and published's value, range, description."""
@@ -250,7 +278,7 @@ class Experiment:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
-    # Notes 000 and 002: UltraChat, GPT-2 tokens and embeddings, 6 x 768, the settings of SPEC §4.
+    # Notes 000 and 002: UltraChat, GPT-2 tokens and embeddings (docs/method.md, *Settings*).
     "published": dict(
         dataset="HuggingFaceH4/ultrachat_200k",
         train_split="train_sft",
@@ -289,114 +317,24 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """'auto' -> 'bfloat16' where the hardware multiplies it natively, 'float32' elsewhere."""
+    """'auto' -> 'bfloat16' where this machine takes products in it faster, else 'float32'."""
     if precision != "auto":
         return precision
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu":
-        # AVX512-BF16 alone speeds up dot products, not whole blocks; AMX is the matrix unit.
-        native = bool(cpu_capabilities().get("amx_bf16"))
-    else:
-        native = False
-    return "bfloat16" if native else "float32"
-
-
-def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the processor; empty with a torch that cannot tell."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    return {} if ask is None else ask()
-
-
-def integers(parameter: str, value: object, *, low: int = 0) -> list[int]:
-    """A notebook's list parameter: 3, "3", [0, 1, 2], "0,1,2" or "[0, 1, 2]" -> list of ints.
-
-    Raises:
-        ParameterError: anything else, an empty list, a repeated value, or one under `low`.
-    """
-    accepted = f"an integer of at least {low}, or a list of different ones such as 0,1,2"
-    items: Iterable[object]
-    if isinstance(value, str):
-        items = [part for part in value.strip("[]() ").split(",") if part.strip()]
-    elif isinstance(value, (list, tuple, range)):
-        items = value
-    else:
-        items = [value]
-    numbers = [_parse(item, int) for item in items]
-    for number in numbers:
-        if not isinstance(number, int) or isinstance(number, bool) or number < low:
-            raise ParameterError(parameter, value, accepted)
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ParameterError(parameter, value, accepted)
-    return typing.cast(list[int], numbers)
-
-
-def numbers(parameter: str, value: object, *, above: float = 0.0) -> list[float]:
-    """A notebook's list parameter: 0.1, "0.1", [0.1, 0.2], "0.1,0.2" -> list of floats.
-
-    Raises:
-        ParameterError: anything else, an empty list, a repeated value, or one not over `above`.
-    """
-    accepted = f"a number above {above:g}, or a list of different ones such as 0.001,0.003"
-    items: Iterable[object]
-    if isinstance(value, str):
-        items = [part for part in value.strip("[]() ").split(",") if part.strip()]
-    else:
-        items = value if isinstance(value, (list, tuple)) else [value]
-    found = [_parse(item, float) for item in items]
-    for number in found:
-        number_like = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not number_like or not above < number < float("inf"):
-            raise ParameterError(parameter, value, accepted)
-    if not found or len(set(found)) < len(found):
-        raise ParameterError(parameter, value, accepted)
-    return [float(number) for number in found]
-
-
-def pair(parameter: str, value: object, *, low: int = 1) -> tuple[int, int]:
-    """A notebook's two integers, which may be equal: "6,768" or [6, 768].
-
-    Raises:
-        ParameterError: anything else, or one under `low`.
-    """
-    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and len(parts) == 2:
-        first, second = (_parse(part, int) for part in parts)
-        if type(first) is int and type(second) is int and min(first, second) >= low:
-            return first, second
-    raise ParameterError(parameter, value, f"two integers of at least {low}, such as 6,768")
-
-
-def flag(parameter: str, value: object) -> bool:
-    """A notebook's true or false: True, "true", "False", …
-
-    Raises:
-        ParameterError: anything else.
-    """
-    found = _parse(value, bool)
-    if isinstance(found, bool):
-        return found
-    raise ParameterError(parameter, value, "true or false")
-
-
-def ladder(samples: object) -> list[int]:
-    """Sizes 50, 100, 200, 500, 1000, 2000, … up to `samples`, which is itself the last rung.
-
-    Raises:
-        ParameterError: not one integer above 50; a law needs two sizes.
-    """
-    cap = _parse(samples, int)
-    if type(cap) is not int or cap <= 50:
-        raise ParameterError("samples", samples, "one integer above 50 (a law needs two sizes)")
-    sizes = [m * 10**k for k in range(1, len(str(cap)) + 1) for m in (1, 2, 5)]
-    return sorted({size for size in sizes if 50 <= size < cap} | {cap})
+    return "bfloat16" if ops.bfloat16_gain(device) >= ops.WORTH else "float32"
 
 
 def _known(names: Iterable[str]) -> None:
     known = [f.name for f in fields(Experiment)]
     for name in names:
         if name not in known:
-            raise ParameterError(name, "an unknown field", "one of " + ", ".join(known))
+            raise ParameterError(name, "an unknown field", nearest(name, known))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say is accepted in place of an unknown name: the nearest one first, then all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{close[0]} (or one of {', '.join(known)})" if close else "one of " + ", ".join(known)
 
 
 def _hints() -> dict[str, Any]:
@@ -408,7 +346,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def _parse(value: Any, hint: Any) -> Any:
+def parse(value: Any, hint: Any) -> Any:
     """Text that spells a value of the field's type -> that value; anything else unchanged."""
     if not isinstance(value, str):
         return value

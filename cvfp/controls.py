@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvfp import seeds
 from cvfp.config import Experiment
-from cvfp.model import CVFP
+from cvfp.model import CVFP, Predictor
 from cvfp.phase2 import Positions
 
 
 class Zero(Positions):
     """Every c^(i) is zero: the model knows the current tokens and nothing else."""
 
-    def reads(self, positions: Tensor) -> Tensor:
+    def previous(self, positions: Tensor) -> Tensor:
         return self.contexts
 
-    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
-        return [seen.new_zeros(len(seen), width) for width in self.model.context_widths]
+    def outputs(self, positions: Tensor, previous: Tensor) -> list[Tensor]:
+        like = self.context_inputs.table
+        return [like.new_zeros(len(positions), width) for width in self.model.context_widths]
 
 
 class Shuffled(Positions):
@@ -30,35 +30,32 @@ class Shuffled(Positions):
         order: int64 [T], a permutation of the positions.
     """
 
-    def __init__(
-        self, model: CVFP, contexts: Tensor, tokens: Tensor, order: Tensor, precision: str
-    ) -> None:
-        super().__init__(model, contexts, tokens, precision)
+    def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor, order: Tensor) -> None:
+        super().__init__(model, contexts, tokens)
         self.order = order.to(tokens.device)
 
-    def reads(self, positions: Tensor) -> Tensor:
-        return super().reads(self.order[positions])
+    def previous(self, positions: Tensor) -> Tensor:
+        return super().previous(self.order[positions])
 
-    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
-        other = self.order[positions]
-        return super().outputs(other, reads, self.context_inputs.dense(other))
+    def outputs(self, positions: Tensor, previous: Tensor) -> list[Tensor]:
+        return super().outputs(self.order[positions], previous)
 
 
 class Window(Positions):
     """Every c^(i) is the same plain window: the embeddings of the tokens before the current one."""
 
-    def __init__(self, model: CVFP, tokens: Tensor, length: int, precision: str) -> None:
-        super().__init__(model, tokens.new_zeros(0, 0), tokens, precision)
+    def __init__(self, model: CVFP, tokens: Tensor, length: int) -> None:
+        super().__init__(model, tokens.new_zeros(0, 0), tokens)
         table = self.context_inputs.table
         # [T, length + 1]; what is before the stream is "no token", a row of zeros
         before = tokens.new_full((length,), len(table) - 1)
         self.rows = torch.cat([before, tokens]).unfold(0, length + 1, 1)[:, :-1]
 
-    def reads(self, positions: Tensor) -> Tensor:
+    def previous(self, positions: Tensor) -> Tensor:
         return self.contexts
 
-    def outputs(self, positions: Tensor, reads: Tensor, seen: Tensor) -> list[Tensor]:
-        window = F.embedding(self.rows[positions], self.context_inputs.table).flatten(-2)
+    def outputs(self, positions: Tensor, previous: Tensor) -> list[Tensor]:
+        window = self.context_inputs.embed(self.rows[positions])
         return [window for _ in self.model.context_widths]
 
 
@@ -83,29 +80,38 @@ def positions(
     contexts: Tensor | None,
     tokens: Tensor,
     experiment: Experiment,
-    precision: str = "float32",
 ) -> Positions:
     """The positions of a stream as the Experiment's `contexts` asks for.
 
     Args:
         contexts: [T, D] of the stream; None for those that take none.
-        precision: of the products.
     """
     if experiment.contexts == "window":
-        return Window(model, tokens, experiment.window_tokens, precision)
+        return Window(model, tokens, experiment.window_tokens)
     if experiment.contexts == "zero":
-        return Zero(model, tokens.new_zeros(0, 0), tokens, precision)
+        return Zero(model, tokens.new_zeros(0, 0), tokens)
     assert contexts is not None
     if experiment.contexts == "shuffled":
         order = torch.randperm(len(tokens), generator=seeds.generator(experiment.seed, "order"))
-        return Shuffled(model, contexts, tokens, order, precision)
-    return Positions(model, contexts, tokens, precision)
+        return Shuffled(model, contexts, tokens, order)
+    return Positions(model, contexts, tokens)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def end_counts(model: Predictor) -> dict[str, int]:
+    """Parameters of table and head; a tied head has none of its own."""
+    head = 0 if model.head is None else count_parameters(model.head)
+    return {"embedding": model.embedding.numel(), "head": head}
 
 
 def parameter_counts(model: CVFP, experiment: Experiment) -> dict[str, int]:
     """Parameters by part, those that do nothing aside: without contexts neither the ContextBlock
     nor the columns that would read it."""
-    counts = model.parameter_counts()
+    blocks = {"context_block": model.context_block, "token_block": model.token_block}
+    counts = {name: count_parameters(block) for name, block in blocks.items()} | end_counts(model)
     if experiment.contexts in ("zero", "window"):
         counts["context_block"] = 0
     if experiment.contexts == "zero":

@@ -1,4 +1,4 @@
-"""Embedding tables: fitted, random or pretrained (SPEC §1)."""
+"""Embedding tables [V, E]: fitted, random or pretrained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cvfp import cache, seeds
 from cvfp.config import Experiment, ParameterError
-from cvfp.data import Data, Stream, pretrained
+from cvfp.data import Data, Stream
+from cvfp.hub import pretrained
 
 RANDOM_STD = 0.02  # GPT-2's
 
@@ -28,19 +29,19 @@ FIT_LEARNING_RATE = 0.05
 FIT_DECAY = 3.0
 FIT_STD = 0.1
 FIT_SEED = 0
-# Logits held at once when fitting: 4 M numbers stay near the cache.
+# Logits in memory at once when fitting: 4 M numbers, 16 MB, about a processor's cache.
 FIT_LOGITS = 2**22
 
 PPMI_WINDOW = 5
-# Of the randomised decomposition (Halko et al. 2011).
+# Randomised SVD (Halko et al. 2011): extra directions, and power iterations.
 PPMI_OVERSAMPLING = 32
 PPMI_PASSES = 4
-PPMI_NORM = 3.88  # of GPT-2's rows, about
+PPMI_NORM = 3.88  # about the mean norm of GPT-2's rows
 
 
 @dataclass(frozen=True)
 class BigramLM:
-    """The language model that a `bigram` table is fitted as: logits LN(W·E[x] + E[x])·Eᵀ + b."""
+    """The language model whose table is `bigram`: logits LN(W·E[x] + E[x])·Eᵀ + b."""
 
     table: Tensor  # E, [V, E]
     weight: Tensor  # W, [E, E]
@@ -53,17 +54,17 @@ class BigramLM:
 
     @torch.no_grad()
     def nats(self, tokens: Tensor) -> Tensor:
-        """Cross-entropy of tokens 1 … T-1, each given its predecessor: float64 [T-1]."""
+        """Cross-entropy of tokens 1 … T-1 after the token before each: nats, float64 [T-1]."""
         pieces = []
-        for read, target in zip(tokens[:-1].split(4096), tokens[1:].split(4096), strict=True):
-            logits = F.linear(self.hidden(read), self.table, self.bias)
+        for current, target in zip(tokens[:-1].split(4096), tokens[1:].split(4096), strict=True):
+            logits = F.linear(self.hidden(current), self.table, self.bias)
             pieces.append(F.cross_entropy(logits, target, reduction="none").double())
         return torch.cat(pieces)
 
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding table, and the language model it was fitted as where it was."""
+    """An embedding table; with its language model, if it was fitted as one."""
 
     weight: Tensor  # [V, E] float32, on the CPU
     bigram: BigramLM | None = None
@@ -79,6 +80,9 @@ def load(
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Table:
     """The embedding table of an Experiment; a fitted one is cached on disk.
+
+    Args:
+        report: called after each step of a fit with {"step", "fit_loss"}.
 
     Raises:
         ParameterError: a table that cannot be loaded, has another width than `embedding_dim`, or
@@ -121,10 +125,10 @@ def _bigram(
     dim = experiment.embedding_dim
     key = _fitted_key(experiment, data)
 
-    def make() -> dict[str, Tensor]:
+    def fit() -> dict[str, Tensor]:
         return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))
 
-    return _kept_table(cache.kept("tables", key, make))
+    return _cached_table(cache.tensor_file("tables", key, fit))
 
 
 def _ppmi(experiment: Experiment, data: Data) -> Table:
@@ -134,31 +138,31 @@ def _ppmi(experiment: Experiment, data: Data) -> Table:
         accepted = f"at most the vocabulary's {data.vocab_size} with embedding 'ppmi'"
         raise ParameterError("embedding_dim", dim, accepted)
 
-    def make() -> dict[str, Tensor]:
+    def fit() -> dict[str, Tensor]:
         return {"table": fit_ppmi(data.fitting, data.vocab_size, dim)}
 
-    return _kept_table(cache.kept("tables", _fitted_key(experiment, data), make))
+    return _cached_table(cache.tensor_file("tables", _fitted_key(experiment, data), fit))
 
 
 def _fitted_key(experiment: Experiment, data: Data) -> str:
-    made_by = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
+    code = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
     how = [experiment.embedding, data.vocab_size, experiment.embedding_dim]
-    return cache.digest(made_by, *how, data.fitting.tokens, data.fitting.starts)
+    return cache.digest(code, *how, data.fitting.tokens, data.fitting.starts)
 
 
 @functools.lru_cache(maxsize=2)  # a table is large, and hashing it takes longer than loading
-def _kept_table(path: Path) -> Table:
+def _cached_table(path: Path) -> Table:
     tensors = load_file(path)
     weight = tensors["table"]
     return Table(weight, BigramLM(**tensors) if len(tensors) > 1 else None)
 
 
 def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
-    """Rows of U·√Σ of the positive pointwise mutual information of neighbours, of equal norm.
+    """Table [V, E] from positive pointwise mutual information (Levy, Goldberg and Dagan 2015).
 
-    Levy, Goldberg and Dagan (2015): counts within `PPMI_WINDOW` tokens of one another in a sample,
-    weighted 1/distance. Tokens that do not occur get zeros. Good as inputs; as a tied head it
-    lacks the frequencies (SPEC §7).
+    Co-occurrences are counted up to `PPMI_WINDOW` tokens apart in a sample, weighted 1/distance;
+    the table is U·√Σ of their PPMI matrix, its rows scaled to the norm `PPMI_NORM`. Tokens that do
+    not occur get zeros. Good as inputs; as a tied head it lacks the tokens' frequencies.
     """
     sample = torch.bucketize(torch.arange(len(fitting)), fitting.starts, right=True)
     keys, weights = [], []
@@ -172,15 +176,15 @@ def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
     first, second = pairs // vocab_size, pairs % vocab_size
     margin = torch.bincount(first, counts, vocab_size)
     information = torch.log(counts * counts.sum() / (margin[first] * margin[second]))
-    kept = information > 0
-    ends = torch.bincount(first[kept], minlength=vocab_size).cumsum(0)
+    positive = information > 0
+    ends = torch.bincount(first[positive], minlength=vocab_size).cumsum(0)
     rank = min(vocab_size, embedding_dim + PPMI_OVERSAMPLING)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # "in beta state"
         matrix = torch.sparse_csr_tensor(
             F.pad(ends, (1, 0)),
-            second[kept],
-            information[kept].float(),
+            second[positive],
+            information[positive].float(),
             (vocab_size, vocab_size),
         )
         torch.manual_seed(FIT_SEED)
@@ -192,7 +196,7 @@ def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
 
 
 def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of neighbours within the stream's samples: first [K], second [K], count [K]."""
+    """Distinct bigrams within the stream's samples, sorted: first [K], second [K], count [K]."""
     inside = torch.ones(len(stream) - 1, dtype=torch.bool)
     inside[stream.starts[1:] - 1] = False  # samples do not continue one another
     pairs = torch.stack([stream.tokens[:-1], stream.tokens[1:]])[:, inside]
@@ -219,7 +223,11 @@ def fit_bigram(
     embedding_dim: int,
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> BigramLM:
-    """Fit the bigram language model on aggregated counts, full batch, by AdamW."""
+    """Fit the bigram language model on the stream's bigram counts, full batch, with AdamW.
+
+    Args:
+        report: called after each step with {"step", "fit_loss"}, the loss in nats per bigram.
+    """
     generator = torch.Generator().manual_seed(FIT_SEED)
     first, second, counts = bigram_counts(fitting)  # sorted by first
     share = (counts / counts.sum()).float()
@@ -233,7 +241,7 @@ def fit_bigram(
     model = BigramLM(
         torch.empty(vocab_size, embedding_dim).normal_(0, FIT_STD, generator=generator),
         torch.empty(embedding_dim, embedding_dim).normal_(0, FIT_STD / 10, generator=generator),
-        torch.zeros(vocab_size),  # E has to carry the frequencies: only E is handed on
+        torch.zeros(vocab_size),  # E has to learn the frequencies: only E is used afterwards
     )
     parameters = [model.table, model.weight, model.bias]
     for parameter in parameters:
@@ -251,13 +259,13 @@ def fit_bigram(
     for step in range(1, FIT_STEPS + 1):
         optimiser.zero_grad(set_to_none=True)
         # Cross-entropy = Σ_x n(x)·logsumexp(x) − Σ_xy n(x,y)·logit(x,y). The second sum runs over
-        # the pairs seen only, its gradients by hand: autograd's would add up in the order in which
-        # threads arrive, and the same fit would not give the same table twice.
+        # observed pairs only, its gradients by hand: autograd's sums depend on the order of the
+        # threads, and the same fit would not give the same table twice.
         hidden = model.hidden(contexts)
         leaf = hidden.detach().requires_grad_(True)
         followers = followers_of.sum(model.table.detach())
         loss = -(leaf.detach() * followers).sum()
-        # The first sum in slices of contexts, so that any vocabulary fits in memory.
+        # The first sum in chunks of contexts, so that any vocabulary fits in memory.
         for piece, weight in zip(leaf.split(chunk), context_share.split(chunk), strict=True):
             logits = F.linear(piece, model.table, model.bias)
             part = (weight * torch.logsumexp(logits, dim=1)).sum()

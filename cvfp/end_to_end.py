@@ -14,17 +14,19 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from cvfp import contexts, phase2
+from cvfp import contexts, ops, phase2
 from cvfp.config import Experiment, ParameterError
-from cvfp.model import CVFP, Predictor, TokenInputs, autocast, count_parameters
-from cvfp.phase2 import Evaluation, NextToken, Phase2
+from cvfp.controls import count_parameters, end_counts
+from cvfp.inputs import TokenInputs
+from cvfp.model import CVFP, Predictor
+from cvfp.phase2 import Evaluation, Phase2
 
 # Gradients through time explode now and then; the usual remedy (Pascanu et al., 2013).
 CLIP = 1.0
 HEADS = 4
 BLOCKS = 2
 MATCH = 0.05
-LONGEST = 4096  # tokens of a stream that an LSTM reads at once when it is judged
+LONGEST = 4096  # tokens of a stream that an LSTM reads at once when it is scored
 
 State = tuple[Tensor, ...]
 
@@ -42,7 +44,7 @@ class Peer(Predictor):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters by part; those that are never used are not counted."""
-        ends = self.end_counts()
+        ends = end_counts(self)
         dead = sum(parameter.numel() for parameter in self.unused())
         return {"body": count_parameters(self) - sum(ends.values()) - dead, **ends}
 
@@ -55,7 +57,7 @@ class Peer(Predictor):
         """Positions [B, S] of a stream -> h [B, S, E], and the state after them."""
         raise NotImplementedError
 
-    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+    def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
         """Float32 evaluation of a stream, read from its start."""
         raise NotImplementedError
 
@@ -87,7 +89,7 @@ class LSTM(Peer):
         return hidden, (h.detach(), c.detach())
 
     @torch.no_grad()
-    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+    def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
         inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
         made, state = [], None
         # cuDNN's LSTM would take TF32 for float32.
@@ -96,7 +98,7 @@ class LSTM(Peer):
                 hidden, state = self.read(inputs, positions[None], state)
                 made.append(hidden[0])
         everything = torch.cat(made)
-        return phase2.judge(self, tokens, lambda positions: everything[positions])
+        return phase2.score(self, tokens, lambda positions: everything[positions])
 
 
 class Transformer(Peer):
@@ -145,7 +147,7 @@ class Transformer(Peer):
         return made[:, self.unroll :], ()
 
     @torch.no_grad()
-    def judge(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
+    def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
         inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
         length = len(tokens)
         count = -(-length // self.unroll)
@@ -156,7 +158,7 @@ class Transformer(Peer):
             for rows in places.view(count, self.unroll).split(max(1, LONGEST // self.unroll))
         ]
         everything = torch.cat(made)
-        return phase2.judge(self, tokens, lambda positions: everything[positions])
+        return phase2.score(self, tokens, lambda positions: everything[positions])
 
 
 def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
@@ -211,11 +213,10 @@ class Unrolled:
     ) -> tuple[Tensor, State]:
         block = self.model.context_block
         e = inputs.dense(positions)  # [B, S, n·E]
-        share, layers = block.share(e), block.layers()
         context = e.new_zeros(len(e), block.context_dim) if state is None else state[0]
         steps = []
-        for column in share.unbind(1):
-            outputs = block.step(context, column, layers)
+        for column in e.unbind(1):
+            outputs = block(context, column)
             context = outputs[-1]
             steps.append(outputs)
         stacked = [torch.stack(layer, dim=1) for layer in zip(*steps, strict=True)]
@@ -247,7 +248,6 @@ def train(
     if lanes < 1:
         raise ParameterError("unroll", steps, f"at most the stream's {total} tokens")
     length = total // lanes
-    head = NextToken(model, lanes * steps, experiment.precision)
     frozen = None
     if not model.embedding.requires_grad:
         frozen = TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
@@ -265,15 +265,15 @@ def train(
 
     def loss(positions: Tensor) -> Tensor:
         nonlocal state
-        with autocast(experiment.precision, device):
+        with ops.autocast(experiment.precision, device):
             inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
             hidden, state = read(inputs, positions, state)
-            return head.loss(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
+            return model.nats(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
 
     return phase2.fit(model, batches, loss, validate, experiment, report, tick, CLIP)
 
 
-def judge(model: CVFP, tokens: Tensor) -> Evaluation:
+def evaluate(model: CVFP, tokens: Tensor) -> Evaluation:
     """Float32 evaluation of a CVFP, its contexts exact.
 
     Raises:

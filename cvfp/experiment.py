@@ -6,263 +6,44 @@ import contextlib
 import importlib.metadata
 import math
 import platform
-import sys
-import time
+import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from cvfp import (
+    abort,
     baselines,
     cache,
     contexts,
     controls,
     embeddings,
     end_to_end,
-    memory,
     metrics,
+    ops,
     phase1,
     phase2,
+    registry,
     seeds,
     store,
 )
 from cvfp import data as data_module
-from cvfp.config import Experiment, ParameterError, cpu_capabilities
+from cvfp.build import build
+from cvfp.config import Experiment
 from cvfp.data import Data, Stream
 from cvfp.end_to_end import Peer
-from cvfp.model import CVFP, ContextBlock, TokenInputs, count_parameters, initialise
+from cvfp.inputs import TokenInputs
+from cvfp.model import CVFP, Block
+from cvfp.ops import placement
 from cvfp.progress import Stage
+from cvfp.recurrence import Recurrence, diagnose
+from cvfp.result import Result
+from cvfp.version import __version__
+from cvfp.watch import Background, Watch, device_name
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MEBIBYTE = 2**20
-VERSIONS = ("cvfp", "torch", "numpy", "tokenizers")
-
-
-@dataclass
-class Result:
-    """What a run measured. `column_docs()` gives the meaning and unit of every column.
-
-    Fields that do not apply are None: never 0 for missing. A run that Phase 1 gave up (`aborted`
-    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it. A control
-    without contexts, or a peer, has none of their figures.
-    """
-
-    key: str
-    experiment: Experiment
-    train_tokens: int
-    val_tokens: int
-    vocab_size: int
-    embedding_dim: int
-    parameters: dict[str, int]
-    val_ppl: float | None
-    val_acc: float | None
-    val_bpb: float | None
-    train_ppl: float | None
-    train_er: float | None
-    val_er: float | None
-    phase1_iterations: int | None
-    converged: float | None
-    best_epoch: int | None
-    aborted: str | None
-    baselines: dict[str, dict[str, float] | None]
-    phase1_history: list[dict[str, float]]
-    phase2_history: list[dict[str, float]]
-    train_spectrum: list[float]
-    val_spectrum: list[float]
-    val_conversations: list[dict[str, float]]
-    val_positions: list[dict[str, float]]
-    val_frequencies: list[dict[str, float]]
-    context_sweeps: int | None
-    context_error: float | None
-    contraction_rate: float | None
-    memory_length: int | None
-    seconds: dict[str, float]
-    phase1_from_store: bool
-    peak_memory_mib: float
-    peak_device_memory_mib: float | None
-    device: str
-    device_name: str
-    precision: str
-    threads: int
-    versions: dict[str, str]
-    from_store: bool = field(default=False, compare=False)
-    _model: CVFP | Peer | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def ranks(self) -> tuple[float, float]:
-        """Effective rank of the training and of the validation contexts, fractions of D.
-
-        Raises:
-            ParameterError: a run without contexts.
-        """
-        if self.train_er is None or self.val_er is None:
-            kind = (self.experiment.model, self.experiment.contexts)
-            raise ParameterError("model, contexts", kind, "a run that has contexts")
-        return self.train_er, self.val_er
-
-    @property
-    def phase1_end(self) -> tuple[int, float]:
-        """Phase 1's iterations, and the fraction of tokens converged at the last.
-
-        Raises:
-            ParameterError: a run without a Phase 1.
-        """
-        if self.phase1_iterations is None or self.converged is None:
-            kind = (self.experiment.model, self.experiment.contexts)
-            raise ParameterError("model, contexts", kind, "a run that has a Phase 1")
-        return self.phase1_iterations, self.converged
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON, without the model."""
-        record = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("_model", "from_store"):
-            del record[name]
-        return {**record, "experiment": self.experiment.to_dict()}
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Result:
-        return cls(**{**record, "experiment": Experiment(**record["experiment"])})
-
-    def model(self) -> CVFP | Peer:
-        """The trained model with its tokeniser: this run's, or the one kept in the store.
-
-        Raises:
-            FileNotFoundError: the model was too large to keep (over 50 MB) or has been deleted.
-        """
-        if self._model is None:
-            weights = store.read_model(self.key)
-            if weights is None:
-                raise FileNotFoundError(
-                    f"no model is kept for run {self.key}: models over "
-                    f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
-                    "returns a result that has it"
-                )
-            corpus = data_module.load_corpus(self.experiment)
-            tokenizer = data_module.load_tokenizer(self.experiment, corpus.fitting)
-            self._model = build(self.experiment, weights["embedding"], tokenizer)
-            self._model.load_state_dict(weights)
-            self._model.to(self.device)
-        return self._model
-
-    def row(self) -> dict[str, Any]:
-        """One tidy row: the Experiment's fields and the measured scalars."""
-        measured = {
-            name: value
-            for name, value in self.to_dict().items()
-            if isinstance(value, (int, float, str)) or value is None
-        }
-        lines = {
-            f"{name}_{unit}": None if values is None else values[unit]
-            for name, values in self.baselines.items()
-            for unit in ("ppl", "bpb")
-        }
-        seconds = {f"seconds_{stage}": value for stage, value in self.seconds.items()}
-        return {**self.experiment.to_dict(), **measured, **lines, **seconds}
-
-
-class Results(list[Result]):
-    """Results in the order of their Experiments."""
-
-    def frame(self) -> pd.DataFrame:
-        """One row per run; units in `column_docs()`."""
-        import pandas as pd
-
-        return pd.DataFrame([result.row() for result in self])
-
-
-def column_docs() -> dict[str, str]:
-    """Meaning and unit of the columns of `Results.frame()` that are measured."""
-    docs = {
-        "key": "content key of the run in the store",
-        "train_tokens": "tokens in the training stream",
-        "val_tokens": "tokens in the validation stream",
-        "val_ppl": "validation perplexity, exp(mean nats per token), at the best epoch, float32",
-        "val_acc": "validation top-1 accuracy, fraction",
-        "val_bpb": "validation bits per byte of UTF-8 text",
-        "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
-        "train_er": "effective rank of the training contexts that Phase 2 reads, fraction of D",
-        "val_er": "effective rank of the exact validation contexts, fraction of D",
-        "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
-        "converged": "fraction of training tokens converged at the last iteration",
-        "aborted": "why Phase 1 gave the run up (phase1_abort); null: it did not",
-        "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
-        "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
-        "context_error": "bound on the error of any of them, relative to its norm, before rounding",
-        "contraction_rate": "factor per token by which nearby trajectories of contexts approach",
-        "memory_length": "tokens after which a context restarted from zeros is within 1 %; "
-        "null if not within 256",
-        "peak_memory_mib": "largest resident memory of the process during the run, MiB",
-        "peak_device_memory_mib": "largest memory allocated on the GPU, MiB; null without one",
-        "threads": "CPU threads",
-    }
-    for name, words in baselines.NAMES.items():
-        docs[f"{name}_ppl"] = f"validation perplexity of: {words}"
-        docs[f"{name}_bpb"] = f"validation bits per byte of: {words}"
-    for stage in ("data", "table", "phase1", "contexts", "phase2", "baselines"):
-        docs[f"seconds_{stage}"] = f"wall-clock seconds of the stage {stage}"
-    return docs
-
-
-def build(experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer) -> CVFP | Peer:
-    """The untrained model of an Experiment over `table` [V, E].
-
-    Raises:
-        ParameterError: a peer that cannot be matched to CVFP's size.
-    """
-    if experiment.model != "cvfp":
-        size = cvfp_size(experiment, table.shape[1])
-        seed = seeds.generator(experiment.seed, "peer").initial_seed()
-        return end_to_end.peer(experiment, table, size, seed)
-    # Its largest parts, table and head, are made where they are used.
-    return build_cvfp(experiment, table.to(experiment.device), tokenizer)
-
-
-def build_cvfp(
-    experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
-) -> CVFP:
-    """The untrained CVFP of an Experiment over `table` [V, E], on the table's device."""
-    with table.device:
-        model = _blank(experiment, table, tokenizer)
-    initialise(model.context_block, seeds.generator(experiment.seed, "context_block"))
-    initialise(model.token_block, seeds.generator(experiment.seed, "token_block"))
-    if experiment.contexts == "window":
-        controls.level_window(model, experiment.context_dim)
-    return model
-
-
-def cvfp_size(experiment: Experiment, embedding_dim: int) -> int:
-    """Parameters of the Experiment's ContextBlock and TokenBlock: what a peer is matched to."""
-    with torch.device("meta"):
-        model = _blank(experiment, torch.empty(1, embedding_dim))
-    return count_parameters(model.context_block) + count_parameters(model.token_block)
-
-
-def _blank(
-    experiment: Experiment, table: Tensor, tokenizer: data_module.Tokenizer | None = None
-) -> CVFP:
-    """A CVFP whose blocks are not initialised yet."""
-    model = CVFP(
-        table,
-        num_layers=experiment.num_layers,
-        context_dim=experiment.context_dim,
-        num_input_tokens=experiment.num_input_tokens,
-        token_input_all_layers=experiment.token_input_all_layers,
-        weight_tying=experiment.weight_tying,
-        freeze_embedding=experiment.freeze_embedding,
-        tokenizer=tokenizer,
-        context_widths=controls.context_widths(experiment, table.shape[1]),
-        generates=experiment.contexts in ("trained", "random", "end_to_end"),
-    )
-    if experiment.contexts == "end_to_end":
-        model.context_table = None  # no Phase 1 that the table would have to stay as it was for
-    return model
+VERSIONS = ("torch", "numpy", "tokenizers")
 
 
 @dataclass
@@ -275,7 +56,7 @@ class Learned:
     from_store: bool = False
     train_spectrum: Tensor | None = None
     validation: contexts.Contexts | None = None
-    recurrence: contexts.Recurrence | None = None
+    recurrence: Recurrence | None = None
 
     def rank(self, spectrum: Tensor | None, width: int) -> float | None:
         return None if spectrum is None else metrics.effective_rank(spectrum) / width
@@ -297,12 +78,24 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         FloatingPointError: training diverged, or the exact contexts did not converge.
     """
     experiment = experiment.resolved()
-    memory.asked_place()  # raises now, not after a table has been fitted
+    placement.asked_place()  # raises now, not after a table has been fitted
+    with ops.using(experiment.ops):
+        return _run(experiment, reuse)
+
+
+def _run(experiment: Experiment, reuse: bool) -> Result:
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
-    record = store.read_run(key) if reuse else None
+    stored = registry.source("objective", experiment.objective) is not None
+    if not stored:
+        warnings.warn(
+            f"objective {experiment.objective!r}: its source, or that of what it names, cannot be "
+            "read, so this run is neither taken from the store nor stored",
+            stacklevel=3,
+        )
+    record = store.read_run(key) if reuse and stored else None
     if record is not None:
         # The fields that made no number (a path, say) are the caller's.
         result = Result.from_dict({**record, "experiment": experiment.to_dict()})
@@ -315,7 +108,7 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     elif experiment.contexts == "end_to_end":
         learned = _end_to_end(experiment, model, data, watch)
     else:
-        phase1_key = store.key(experiment, *fingerprints, phase1=True)
+        phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
         with Background(experiment.device) as background:
             learned = _two_phases(experiment, model, data, phase1_key, watch, reuse, background)
     with watch("baselines"):
@@ -373,17 +166,19 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         phase1_from_store=learned.from_store,
         **watch.peaks(),
         device=experiment.device,
-        device_name=_device_name(experiment.device),
+        device_name=device_name(experiment.device),
         precision=experiment.precision,
         threads=torch.get_num_threads(),
         versions={
             "python": platform.python_version(),
+            "cvfp": __version__,
             **{name: importlib.metadata.version(name) for name in VERSIONS},
         },
         _model=model,
     )
-    store.write_model(key, model.state_dict())
-    store.write_run(key, result.to_dict())
+    if stored:
+        store.write_model(key, model.state_dict())
+        store.write_run(key, result.to_dict())
     return result
 
 
@@ -391,7 +186,7 @@ def _two_phases(
     experiment: Experiment,
     model: CVFP,
     data: Data,
-    key: str,
+    key: str | None,
     watch: Watch,
     reuse: bool,
     background: Background,
@@ -399,7 +194,7 @@ def _two_phases(
     """CVFP as it is, and the controls that differ from it in what Phase 2 reads.
 
     Args:
-        key: of its Phase 1 in the store.
+        key: of its Phase 1 in the store; None: it is not stored.
     """
     device, kind = experiment.device, experiment.contexts
     train_tokens, val_tokens = data.train.tokens.to(device), data.validation.tokens.to(device)
@@ -417,7 +212,7 @@ def _two_phases(
             val_inputs = model.context_inputs(val_tokens)
             learned.validation = exact_contexts(block, val_inputs)
             val_contexts = learned.validation.values
-            learned.recurrence = contexts.diagnose(block, val_inputs, val_contexts)
+            learned.recurrence = diagnose(block, val_inputs, val_contexts)
             if learned.first is None or experiment.training_contexts == "exact":
                 train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
             else:
@@ -427,9 +222,7 @@ def _two_phases(
         return learned
     with _phase2_stage(experiment, data, watch) as (report, tick):
         learned.second = phase2.train(
-            controls.positions(
-                model, train_contexts, train_tokens, experiment, experiment.precision
-            ),
+            controls.positions(model, train_contexts, train_tokens, experiment),
             controls.positions(model, val_contexts, val_tokens, experiment),
             experiment,
             seeds.generator(experiment.seed, "batches"),
@@ -446,7 +239,7 @@ def _end_to_end(experiment: Experiment, model: CVFP, data: Data, watch: Watch) -
         second = end_to_end.train(
             model,
             end_to_end.Unrolled(model),
-            lambda: end_to_end.judge(model, val_tokens),
+            lambda: end_to_end.evaluate(model, val_tokens),
             train_tokens,
             experiment,
             seeds.generator(experiment.seed, "batches"),
@@ -459,10 +252,10 @@ def _end_to_end(experiment: Experiment, model: CVFP, data: Data, watch: Watch) -
         train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
         return Learned(
             second,
-            model.parameter_counts(),
+            controls.parameter_counts(model, experiment),
             train_spectrum=metrics.singular_values(train_contexts),
             validation=validation,
-            recurrence=contexts.diagnose(block, inputs, validation.values),
+            recurrence=diagnose(block, inputs, validation.values),
         )
 
 
@@ -472,7 +265,7 @@ def _peer(experiment: Experiment, model: Peer, data: Data, watch: Watch) -> Lear
         second = end_to_end.train(
             model,
             model.read,
-            lambda: model.judge(tokens, experiment.num_input_tokens),
+            lambda: model.evaluate(tokens, experiment.num_input_tokens),
             data.train.tokens.to(experiment.device),
             experiment,
             seeds.generator(experiment.seed, "batches"),
@@ -505,7 +298,7 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
     return data, table
 
 
-def exact_contexts(block: ContextBlock, inputs: TokenInputs) -> contexts.Contexts:
+def exact_contexts(block: Block, inputs: TokenInputs) -> contexts.Contexts:
     """The contexts of a stream from a zero state, exact to float32.
 
     Raises:
@@ -540,18 +333,18 @@ def _phase1(
     model: CVFP,
     tokens: Tensor,
     val_tokens: Tensor,
-    key: str,
+    key: str | None,
     watch: Watch,
     reuse: bool,
     background: Background,
 ) -> tuple[phase1.Phase1, bool]:
     """Phase 1 trained into `model` and being stored in the background, or taken from the store;
     and whether it was."""
-    kept = store.read_phase1(key) if reuse else None
+    kept = store.read_phase1(key) if reuse and key else None
     if kept is not None:
         weights, mapped, record = kept
         total, width = mapped.shape
-        rows = memory.rows(total, width, mapped.dtype, torch.device(experiment.device))
+        rows = placement.rows(total, width, mapped.dtype, torch.device(experiment.device))
         made = phase1.Phase1(rows.copy_(mapped), **record["phase1"])
         model.context_block.load_state_dict(weights)
         watch.seconds["phase1"] = record["seconds"]
@@ -565,6 +358,16 @@ def _phase1(
         spectrum = metrics.singular_values(exact.values)
         return {"val_er": metrics.effective_rank(spectrum) / experiment.context_dim}
 
+    history: list[dict[str, float]] = []
+
+    def follow(row: dict[str, float]) -> str | None:
+        history.append(row)
+        stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
+        if row["iteration"] != abort.ITERATION:
+            return None
+        row |= rank()
+        return abort.reason(history) if experiment.phase1_abort else None
+
     total = experiment.phase1_max_iterations - 1
     with watch("phase1"), Stage("Phase 1", total, every=10) as stage:
         made = phase1.train(
@@ -572,16 +375,14 @@ def _phase1(
             model.context_inputs(tokens),
             experiment,
             seeds.generator(experiment.seed, "phase1", experiment.device),
-            report=lambda row: stage.advance(
-                1, {name: row[name] for name in ("iteration", "loss", "converged")}
-            ),
-            probe=rank,
+            report=follow,
         )
     record = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "contexts"}
     record = {"phase1": record, "seconds": watch.seconds["phase1"]}
     block = model.context_block.state_dict()
     weights = {name: tensor.to("cpu", copy=True) for name, tensor in block.items()}
-    background.submit(store.write_phase1, key, weights, made.contexts, record)
+    if key:
+        background.submit(store.write_phase1, key, weights, made.contexts, record)
     return made, False
 
 
@@ -630,72 +431,3 @@ def _sums(which: Tensor, count: int, evaluation: phase2.Evaluation) -> list[dict
         {"tokens": float(t), "nats": float(n), "correct": float(c)}
         for t, n, c in zip(*sums, strict=True)
     ]
-
-
-class Background:
-    """Work that goes on beside training on a GPU; leaving the block waits for it and raises its
-    errors. On a CPU it is done at once: a second thread that computes there halves the speed of the
-    first, for OpenMP then puts waiting threads to sleep."""
-
-    def __init__(self, device: str) -> None:
-        self.beside = device == "cuda"
-
-    def __enter__(self) -> Background:
-        self.pool = ThreadPoolExecutor(1)
-        self.work: list[Future[None]] = []
-        return self
-
-    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        if self.beside:
-            self.work.append(self.pool.submit(work, *arguments))
-        else:
-            work(*arguments)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pool.shutdown()  # an error of training does not lose Phase 1
-        if kind is None:
-            for one in self.work:
-                one.result()
-
-
-class Watch:
-    """Seconds per stage and peak memory of a run."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        # Linux: start the high-water mark of resident memory anew.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[stage] = time.perf_counter() - start
-
-    def peaks(self) -> dict[str, Any]:
-        device = torch.cuda.max_memory_allocated() / MEBIBYTE if self.device == "cuda" else None
-        return {"peak_memory_mib": _peak_resident_mib(), "peak_device_memory_mib": device}
-
-
-def _peak_resident_mib() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return str(cpu_capabilities().get("cpu_name") or platform.machine())

@@ -21,10 +21,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cvfp import contexts, experiment, metrics, phase1, seeds
+from cvfp import build, contexts, experiment, metrics, ops, phase1, seeds
 from cvfp.config import Experiment, ParameterError
-from cvfp.model import ContextBlock, TokenInputs, product_type
+from cvfp.inputs import TokenInputs
+from cvfp.model import Block
 from cvfp.progress import Stage
+from cvfp.recurrence import Recurrence, diagnose
 
 AS_LEFT = "as Phase 1 leaves them"
 CAUSES = {
@@ -48,8 +50,8 @@ class Gap:
 
     Attributes:
         agreement: one row per comparison with the exact contexts: `AS_LEFT`, and each cause in
-            `CAUSES`; columns of `metrics.agreement`.
-        positions: rows first, middle, last 100 tokens; columns of `metrics.agreement`.
+            `CAUSES`; columns of `agreement`.
+        positions: rows first, middle, last 100 tokens; columns of `agreement`.
         along: mean cosine by position: columns position (centre of a bin, tokens), cosine,
             cosine_min.
         clean: clean sweeps with the final weights, going on from Phase 1's last iterate: columns
@@ -62,13 +64,13 @@ class Gap:
     tokens: int
     iterations: int
     exact: contexts.Contexts
-    recurrence: contexts.Recurrence
+    recurrence: Recurrence
     agreement: pd.DataFrame
     positions: pd.DataFrame
     along: pd.DataFrame
     clean: pd.DataFrame
     windows: pd.DataFrame
-    block: ContextBlock
+    block: Block
     inputs: TokenInputs
 
     @property
@@ -92,7 +94,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         raise ParameterError("sweeps", sweeps, "at least 1")
     exp = exp.resolved()
     data, table = experiment.prepare(exp)
-    model = experiment.build_cvfp(exp, table.weight, data.tokenizer).to(exp.device)
+    model = build.build_cvfp(exp, table.weight, data.tokenizer).to(exp.device)
     block, inputs = model.context_block, model.context_inputs(data.train.tokens.to(exp.device))
     if len(inputs) < 3 * POSITIONS:
         raise ParameterError("samples", exp.samples, f"at least {3 * POSITIONS} training tokens")
@@ -134,10 +136,10 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     }
     if exp.precision == "bfloat16":
         made["bfloat16"] = again(right, unmoved, precision=exp.precision)
-    rows = {name: metrics.agreement(values, right) for name, values in made.items()}
+    rows = {name: agreement(values, right) for name, values in made.items()}
     del made
     block.load_state_dict(history[-1])
-    rows["last_update"] = metrics.agreement(experiment.exact_contexts(block, inputs).values, right)
+    rows["last_update"] = agreement(experiment.exact_contexts(block, inputs).values, right)
     block.load_state_dict(final)
 
     total = len(inputs)
@@ -152,10 +154,10 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         tokens=total,
         iterations=first.iterations,
         exact=exact,
-        recurrence=contexts.diagnose(block, inputs, right),
+        recurrence=diagnose(block, inputs, right),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
         positions=pd.DataFrame.from_dict(
-            {n: metrics.agreement(left[p], right[p]) for n, p in parts.items()},
+            {n: agreement(left[p], right[p]) for n, p in parts.items()},
             orient="index",
         ),
         along=_along(left, right),
@@ -168,7 +170,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
 
 @torch.no_grad()
 def sweep(
-    block: ContextBlock,
+    block: Block,
     inputs: TokenInputs,
     made: Tensor,
     *,
@@ -183,7 +185,6 @@ def sweep(
         noise: standard deviation of what is added to the contexts read, drawn from `generator`.
         before: [D], what token 0 reads; None: the last row, as in Phase 1 (a ring).
     """
-    layers = block.layers(product_type(precision, made))
     new = torch.empty_like(made)
     carry = made[-1:] if before is None else before[None]
     for start in range(0, len(made), CHUNK):
@@ -192,13 +193,13 @@ def sweep(
         carry = made[piece][-1:]
         if noise:
             read += torch.empty_like(read).normal_(0.0, noise, generator=generator)
-        share = block.share(inputs.dense(piece).to(layers[0].weight.dtype))
-        new[piece] = block.step(read, share, layers)[-1]
+        with ops.autocast(precision, made.device):
+            new[piece] = block(read, inputs.dense(piece))[-1]
     return new
 
 
 def times(
-    block: ContextBlock,
+    block: Block,
     inputs: TokenInputs,
     lengths: Sequence[int],
     *,
@@ -244,7 +245,7 @@ def _timed(call: Callable[[], Made], repeats: int) -> tuple[float, Made]:
     return statistics.median(taken), made
 
 
-def _weights(block: ContextBlock) -> dict[str, Tensor]:
+def _weights(block: Block) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in block.state_dict().items()}
 
 
@@ -268,23 +269,23 @@ def _along(made: Tensor, right: Tensor) -> pd.DataFrame:
 
 
 def _clean(
-    block: ContextBlock, inputs: TokenInputs, made: Tensor, right: Tensor, sweeps: int
+    block: Block, inputs: TokenInputs, made: Tensor, right: Tensor, sweeps: int
 ) -> pd.DataFrame:
     rows = []
     for number in range(sweeps + 1):
-        agreement = metrics.agreement(made, right)
+        near = agreement(made, right)
         rows.append(
             {
                 "sweep": number,
-                "mse": agreement["mse"],
-                "relative_error_mean": agreement["relative_error_mean"],
+                "mse": near["mse"],
+                "relative_error_mean": near["relative_error_mean"],
             }
         )
         made = sweep(block, inputs, made, before=torch.zeros_like(made[0]))
     return pd.DataFrame(rows)
 
 
-def _windows(block: ContextBlock, inputs: TokenInputs, right: Tensor, sweeps: int) -> pd.DataFrame:
+def _windows(block: Block, inputs: TokenInputs, right: Tensor, sweeps: int) -> pd.DataFrame:
     rows = []
     made = torch.zeros_like(right)
     for number in range(1, sweeps + 1):
@@ -299,3 +300,18 @@ def _windows(block: ContextBlock, inputs: TokenInputs, right: Tensor, sweeps: in
             }
         )
     return pd.DataFrame(rows)
+
+
+def agreement(contexts: Tensor, reference: Tensor) -> dict[str, float]:
+    """How near [T, D] contexts are to a reference: cosine mean and min, MSE, and relative error
+    ‖Δ‖/‖reference‖ per token, mean and 95th percentile."""
+    contexts, reference = contexts.double(), reference.double()
+    cosine = torch.nn.functional.cosine_similarity(contexts, reference, dim=1)
+    relative = metrics.relative_errors(contexts, reference)
+    return {
+        "cosine_mean": float(cosine.mean()),
+        "cosine_min": float(cosine.min()),
+        "mse": float((contexts - reference).square().mean()),
+        "relative_error_mean": float(relative.mean()),
+        "relative_error_p95": float(torch.quantile(relative, 0.95)),
+    }

@@ -1,4 +1,4 @@
-"""The numbers that runs are judged by (SPEC §5)."""
+"""The figures of a run (docs/method.md, *Metrics*)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from torch import Tensor
 
 
 def singular_values(contexts: Tensor, device: str | torch.device | None = None) -> Tensor:
-    """Uncentred singular values of [T, D], float64, descending, at most min(T, D) of them.
+    """Uncentred singular values of [T, D], float64, descending, at most min(T, D) of them, computed
+    on `device` (None: where the contexts are).
 
     From the D x D Gram matrix in float64: its eigenvalues' roots. Faster than an SVD and uses
     every token; values under 1e-8 of the largest are lost in rounding.
-
-    Args:
-        device: where to compute; None: where the contexts are.
     """
-    device = torch.device(device or contexts.device)
-    if device.type == "mps":  # has no float64
-        device = torch.device("cpu")
     width = contexts.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device or contexts.device)
     for chunk in contexts.split(65_536):
-        exact = chunk.to(device, torch.float64)
+        exact = chunk.to(gram)
         gram += exact.T @ exact
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
     return values[: min(contexts.shape)]
@@ -49,21 +44,7 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
 
 
 def relative_errors(contexts: Tensor, reference: Tensor) -> Tensor:
-    """‖Δ‖/‖reference‖ of each row of [T, D]: [T]."""
+    """‖Δ‖/‖reference‖ of each row of [T, D], 0 where they are equal: [T]."""
     difference = torch.linalg.vector_norm(contexts - reference, dim=1)
-    return difference / torch.linalg.vector_norm(reference, dim=1)
-
-
-def agreement(contexts: Tensor, reference: Tensor) -> dict[str, float]:
-    """How near [T, D] contexts are to a reference: cosine mean and min, MSE, and relative error
-    ‖Δ‖/‖reference‖ per token, mean and 95th percentile."""
-    contexts, reference = contexts.double(), reference.double()
-    cosine = torch.nn.functional.cosine_similarity(contexts, reference, dim=1)
-    relative = relative_errors(contexts, reference)
-    return {
-        "cosine_mean": float(cosine.mean()),
-        "cosine_min": float(cosine.min()),
-        "mse": float((contexts - reference).square().mean()),
-        "relative_error_mean": float(relative.mean()),
-        "relative_error_p95": float(torch.quantile(relative, 0.95)),
-    }
+    norm = torch.linalg.vector_norm(reference, dim=1)
+    return torch.where(difference == 0, 0, difference / norm)

@@ -1,4 +1,4 @@
-"""What a running stage shows: a bar where someone looks on, short lines where nobody does.
+"""Progress of a running stage: a bar for a person who watches, short lines for a log.
 
 A terminal or a live notebook gets a tqdm bar that vanishes when the stage ends. Elsewhere (logs,
 CI) one line is written for every epoch and every tenth iteration. A notebook executed by papermill
@@ -36,7 +36,7 @@ def _in_kernel() -> bool:
 
 
 def _watched_kernel() -> bool:
-    """A front end started the kernel: a Jupyter server, Colab or VS Code; not papermill."""
+    """A front end for people started the kernel: Jupyter, Colab or VS Code; not papermill."""
     return "google.colab" in sys.modules or any(
         name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD")
     )
@@ -56,7 +56,7 @@ class Stage:
     """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`.
 
     Args:
-        every: in lines, write figures given at every so many calls (and the last one).
+        every: as lines, write the figures of every so many calls, and the last ones.
     """
 
     def __init__(self, title: str, total: int, unit: str = "it", every: int = 1) -> None:

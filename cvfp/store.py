@@ -21,21 +21,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cvfp import cache, memory
+from cvfp import cache, registry
 from cvfp.config import Experiment
+from cvfp.ops import placement
 
 PHASE1_CODE = (
+    "build",
+    "contexts",
+    "corpora",
     "data",
     "embeddings",
-    "kernels",
-    "model",
-    "optimiser",
-    "phase1",
-    "seeds",
-    "contexts",
+    "hub",
+    "inputs",
     "metrics",
+    "model",
+    "objectives",
+    "ops",
+    "phase1",
+    "recurrence",
+    "seeds",
+    "tokenizer",
 )
-RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment")
+RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment", "result")
 
 MODEL_BYTES = 50_000_000
 # NumPy has no bfloat16: a file of contexts holds their bits.
@@ -55,7 +62,9 @@ def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) 
     versions = [torch.__version__, tokenizers.__version__]
     if experiment.model == "transformer":
         versions.append(importlib.metadata.version("transformers"))
-    return cache.digest(experiment.to_dict(*stages), data, table, code, versions)
+    own = registry.source("objective", experiment.objective)
+    versions += [own] if own else []
+    return cache.digest(experiment.key_fields(*stages), data, table, code, versions)
 
 
 def read_run(key: str) -> dict[str, Any] | None:
@@ -162,12 +171,12 @@ def _copy(source: Tensor, target: Tensor) -> None:
     # Beside the kernels of the caller's stream, not after them; and by way of pinned memory, since
     # a copy to other memory keeps all threads from launching any.
     rows = max(1, STAGED // (source.nbytes // len(source)))
-    with memory.DEVICE:
+    with placement.DEVICE:
         side = torch.cuda.Stream(source.device)
         side.wait_stream(torch.cuda.default_stream(source.device))
         staged = torch.empty_like(source[:rows], device="cpu", pin_memory=True)
     for part, there in zip(source.split(rows), target.split(rows), strict=True):
-        with memory.DEVICE, torch.cuda.stream(side):
+        with placement.DEVICE, torch.cuda.stream(side):
             staged[: len(part)].copy_(part, non_blocking=True)
             side.synchronize()
         there.copy_(staged[: len(part)])

@@ -11,9 +11,12 @@ from typing import Any
 import joblib
 import torch
 
+from cvfp import registry
+from cvfp.build import build
 from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import Result, Results, build, prepare, run
+from cvfp.experiment import prepare, run
 from cvfp.progress import Stage
+from cvfp.result import Result, Results
 
 
 def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> Results:
@@ -59,9 +62,9 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         else:
             # Workers that idle between short runs are started again: no news to a reader.
             warnings.filterwarnings("ignore", "A worker stopped while", UserWarning)
-            threads = max(1, torch.get_num_threads() // n_jobs)
+            threads, own = max(1, torch.get_num_threads() // n_jobs), registry.own()
             finished = joblib.Parallel(n_jobs, return_as="generator")(
-                joblib.delayed(_run_apart)(one, threads) for one in experiments
+                joblib.delayed(_run_apart)(one, threads, own) for one in experiments
             )
         for result in finished:
             results.append(result)
@@ -81,7 +84,8 @@ def _run_one(experiment: Experiment) -> Result:
     return result
 
 
-def _run_apart(experiment: Experiment, threads: int) -> Result:
+def _run_apart(experiment: Experiment, threads: int, own: Any) -> Result:
+    registry.receive(own)  # a worker has not run the caller's notebook
     torch.set_num_threads(threads)
     os.environ["CVFP_PROGRESS"] = "none"
     return _run_one(experiment)

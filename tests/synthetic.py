@@ -61,8 +61,14 @@ def judged(loss: float, given: dict[str, Any], **measured: Any) -> Result:
     """A run of that loss, nats a token; conversations vary about it, by the seed."""
     by_chance = np.random.default_rng(given.get("seed", 0)).normal(0, 0.02, len(LENGTHS))
     nats = LENGTHS * (loss + by_chance - by_chance @ LENGTHS / LENGTHS.sum())
-    rows = [{"tokens": float(t), "nats": float(n)} for t, n in zip(LENGTHS, nats, strict=True)]
-    return made(given, **({"val_ppl": math.exp(loss), "val_conversations": rows} | measured))
+    return made(given, **(scored(LENGTHS, nats) | {"val_ppl": math.exp(loss)} | measured))
+
+
+def scored(tokens: np.ndarray, nats: np.ndarray) -> dict[str, Any]:
+    """Held-out conversations of so many tokens and nats, and their perplexity."""
+    rows = [{"tokens": float(t), "nats": float(n)} for t, n in zip(tokens, nats, strict=True)]
+    ppl = math.exp(nats.sum() / tokens.sum()) if len(tokens) else None
+    return {"val_conversations": rows, "val_ppl": ppl}
 
 
 def ladder(losses: ArrayLike, sizes: Sequence[int] = SIZES, **given: Any) -> list[Result]:
@@ -106,6 +112,38 @@ def matrix(change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}) 
             er = rank + 0.002 * generator.normal()
             rest = dict(val_er=er, train_er=er + 0.01 * (1 if seed else -3), converged=0.995)
             results.append(judged(loss, run, **(rest | change(run))))
+    return results
+
+
+def configurations(
+    generator: np.random.Generator,
+    count: int,
+    *,
+    beta: float = 0.0,
+    own: float = 0.0,
+    noise: float = 0.0,
+    sizes: Sequence[int] = (50_000, 100_000, 200_000),
+    seeds: int = 2,
+    ranks: Sequence[float] | None = None,
+) -> Results:
+    """log PPL = 10 − 0.4·log tokens + beta·ER + each configuration's own strength + noise."""
+    ranks = generator.normal(77, 4, count) if ranks is None else ranks
+    results = Results()
+    for number, rank in enumerate(ranks):
+        strength = own * generator.normal()
+        for size, seed in itertools.product(sizes, range(seeds)):
+            er = min(rank + 0.1 * seed, 99)
+            log_ppl = 10 - 0.4 * np.log(size) + beta * er + strength + noise * generator.normal()
+            results.append(
+                made(
+                    dict(context_dim=64 + number, seed=seed),
+                    train_tokens=size,
+                    val_ppl=float(np.exp(log_ppl)),
+                    val_er=er / 100,
+                    train_er=er / 100,
+                    phase1_iterations=20 + number,
+                )
+            )
     return results
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from cvfp import cache
-from cvfp.analysis import claims, published, scaling
+from cvfp.analysis import claims, ledger, published, recomputed, scaling
 from cvfp.analysis.claims import CLAIMS, Measurement
 
 ALL = [f"C{number}" for number in range(1, 20)]
@@ -146,6 +146,8 @@ FIGURES: dict[str, dict[str, tuple[float, int]]] = {
         "error_last": (0.025, 3),
     },
     "C16": {
+        "configurations": (8, 0),
+        "more_samples": (2, 0),
         "r": (-0.38, 2),
         "p": (0.35, 2),
         "error_mean": (0.075, 3),
@@ -175,21 +177,19 @@ STANDS = {
 
 @pytest.mark.parametrize("id", ALL)
 def test_figures_from_the_published_tables(id: str) -> None:
-    recomputed = CLAIMS[id].recompute()
-    rounded = {
-        name: round(value, FIGURES[id][name][1]) for name, value in recomputed.figures.items()
-    }
+    figures = recomputed.figures(id)
+    rounded = {name: round(value, FIGURES[id][name][1]) for name, value in figures.items()}
     assert rounded == {name: value for name, (value, _) in FIGURES[id].items()}
-    assert all(type(value) is float for value in recomputed.figures.values())
-    assert recomputed.stands is STANDS[id]
+    assert all(type(value) is float for value in figures.values())
+    assert CLAIMS[id].stands is STANDS[id]
     # Figures are in the words as numbers, not as what was to be filled in.
-    assert not re.search(r"[{}]|nan|float64", recomputed.words)
+    assert not re.search(r"[{}]|nan|float64", ledger.from_tables(CLAIMS[id]))
 
 
 @pytest.mark.parametrize("id", [id for id in ALL if FIGURES[id]])
 def test_figures_come_from_the_tables(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other tables, each figure is another: none is typed in."""
-    before = CLAIMS[id].recompute()
+    before, words = recomputed.figures(id), ledger.from_tables(CLAIMS[id])
     load = published.table
 
     def bent(name: str) -> pd.DataFrame:
@@ -202,10 +202,10 @@ def test_figures_come_from_the_tables(id: str, monkeypatch: pytest.MonkeyPatch) 
         return table
 
     monkeypatch.setattr(published, "table", bent)
-    after = CLAIMS[id].recompute()
-    same = {name for name in before.figures if before.figures[name] == after.figures[name]}
-    assert same <= {"tokens", "pairs", "configurations"}
-    assert before.words != after.words
+    after = recomputed.figures(id)
+    same = {name for name in before if before[name] == after[name]}
+    assert same <= {"tokens", "pairs", "configurations", "more_samples"}
+    assert words != ledger.from_tables(CLAIMS[id])
 
 
 def test_c13_is_between_the_neighbouring_sizes() -> None:
@@ -214,7 +214,7 @@ def test_c13_is_between_the_neighbouring_sizes() -> None:
     left, right = sizes.iloc[3], sizes.iloc[4]
     share = math.log(587_970 / left.tokens) / math.log(right.tokens / left.tokens)
     between = left.val_ppl * (right.val_ppl / left.val_ppl) ** share
-    figure = CLAIMS["C13"].recompute().figures["ppl_two_same_tokens"]
+    figure = recomputed.figures("C13")["ppl_two_same_tokens"]
     assert figure == pytest.approx(between)
     law = scaling.fit(sizes.tokens, sizes.val_ppl).predict(587_970)
     assert round(law, 1) == 199.5
@@ -247,7 +247,7 @@ def test_c16_leaves_each_configuration_out() -> None:
         slope, intercept = np.polyfit(x, y, 1)
         line.append(abs(slope * er[number] + intercept - ppl[number]) / ppl[number])
         mean.append(abs(sum(y) / 7 - ppl[number]) / ppl[number])
-    figures = CLAIMS["C16"].recompute().figures
+    figures = recomputed.figures("C16")
     assert figures["line_error"] == pytest.approx(sum(line) / 8)
     assert figures["mean_error"] == pytest.approx(sum(mean) / 8)
     assert figures["gain"] == pytest.approx(sum(mean) / 8 - sum(line) / 8)
@@ -359,9 +359,8 @@ def test_bad_measurements_are_named(changes: dict[str, Any], said: str) -> None:
 def test_every_claim_once() -> None:
     assert list(CLAIMS) == ALL
     assert [claim.id for claim in CLAIMS.values()] == ALL
-    for name in ("title", "sentence", "quantity", "published", "takes"):
+    for name in ("title", "sentence", "quantity", "published", "recomputed", "takes"):
         assert len({getattr(claim, name) for claim in CLAIMS.values()}) == 19
-    assert len({claim.recompute for claim in CLAIMS.values()}) == 19
     for claim in CLAIMS.values():
         assert claim.region[0] < claim.region[1]
         assert re.fullmatch(r"[A-Zα][^\n]*[a-z0-9%]\.", claim.sentence)
@@ -380,24 +379,24 @@ def test_regions_in_words() -> None:
 
 
 def test_record_and_read_again(store: Path) -> None:
-    assert claims.measurements() == {}
+    assert ledger.measurements() == {}
     one = measurement(value=np.float64(0.8), parameters={"seeds": (0, 1), "x": None, "on": True})
-    path = claims.record("C10", one)
+    path = ledger.record("C10", one)
     assert path == store / "C10.json"
-    claims.record("C2", measurement(low=None, high=None, words="α × 10"))
+    ledger.record("C2", measurement(low=None, high=None, words="α × 10"))
     assert [file.name for file in sorted(store.iterdir())] == ["C10.json", "C2.json"]
-    found = claims.measurements()
+    found = ledger.measurements()
     assert list(found) == ["C2", "C10"]
     assert found["C10"] == one
     assert found["C10"].parameters == {"seeds": [0, 1], "x": None, "on": True}
     assert found["C2"].low is None
     assert found["C2"].words == "α × 10"
     again = measurement(value=0.85)
-    claims.record("C10", again)
-    assert claims.measurements()["C10"] == again
+    ledger.record("C10", again)
+    assert ledger.measurements()["C10"] == again
     # Half-written files of another process are not read.
     (store / ".part.json").write_text("{", encoding="utf-8")
-    assert len(claims.measurements()) == 2
+    assert len(ledger.measurements()) == 2
 
 
 def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +408,7 @@ def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch)
         return whole(path)
 
     monkeypatch.setattr(cache, "whole", watched)
-    claims.record("C1", measurement())
+    ledger.record("C1", measurement())
     assert paths == [store / "C1.json"]
 
 
@@ -417,11 +416,11 @@ def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch)
 def test_unknown_ids_are_named(id: str, store: Path) -> None:
     said = re.escape(f"id: got {id!r}; accepted: one of C1, C2, ")
     with pytest.raises(ValueError, match=said):
-        claims.record(id, measurement())
+        ledger.record(id, measurement())
     with pytest.raises(ValueError, match=said):
-        claims.frame([id])
+        ledger.frame([id], {})
     with pytest.raises(ValueError, match=said):
-        claims.markdown({id: measurement()})
+        ledger.markdown({id: measurement()})
     assert not store.exists()
 
 
@@ -441,61 +440,61 @@ def test_corrupted_files_are_named(name: str, text: str, store: Path) -> None:
     store.mkdir(parents=True)
     (store / f"{name}.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{name}\.json: got .*; accepted: a file that"):
-        claims.measurements()
+        ledger.measurements()
 
 
 def test_corrupted_figures_are_named(store: Path) -> None:
-    path = claims.record("C1", measurement())
+    path = ledger.record("C1", measurement())
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("0.7", "NaN"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"C1\.json: got low: got nan; accepted: a finite number"):
-        claims.measurements()
+        ledger.measurements()
 
 
 def test_a_file_of_no_claim_is_named(store: Path) -> None:
-    claims.record("C1", measurement()).rename(store / "C20.json")
+    ledger.record("C1", measurement()).rename(store / "C20.json")
     with pytest.raises(ValueError, match=r"C20\.json: got id: got 'C20'; accepted: one of C1"):
-        claims.measurements()
+        ledger.measurements()
 
 
 def test_row() -> None:
     claim = CLAIMS["C1"]
-    row = claims.row(claim, measurement(value=0.79412, low=0.75106, high=0.84049))
+    row = ledger.row(claim, measurement(value=0.79412, low=0.75106, high=0.84049))
     assert row == {
         "claim": "C1",
         "sentence": claim.sentence,
         "published": claim.published,
-        "recomputed": f"stands: {claim.recompute().words}",
+        "recomputed": ledger.from_tables(claim),
         "measured": "0.7941 [0.7511, 0.8405] (PPL ratio at 200 conversations)",
         "n": "3",
         "verdict": "agrees",
         "by": "06_controls",
     }
-    row = claims.row(CLAIMS["C6"], None)
+    row = ledger.row(CLAIMS["C6"], None)
     assert row["recomputed"].startswith("does not stand as printed: α -0.4026, R² 0.9920, A 66,783")
     assert row["measured"] == f"not run; takes {CLAIMS['C6'].takes}"
     assert (row["n"], row["verdict"], row["by"]) == ("–", "not run", "03_scaling")
-    row = claims.row(CLAIMS["C3"], measurement(value=None, low=None, high=None, seeds=1))
+    row = ledger.row(CLAIMS["C3"], measurement(value=None, low=None, high=None, seeds=1))
     assert row["recomputed"].startswith("cannot be told: ")
     assert row["measured"].startswith("no value (")
-    assert claims.row(claim, measurement(low=None, high=None))["measured"].startswith(
+    assert ledger.row(claim, measurement(low=None, high=None))["measured"].startswith(
         "0.8, no interval ("
     )
 
 
 def test_frame() -> None:
     columns = ["claim", "sentence", "published", "recomputed", "measured", "n", "verdict", "by"]
-    claims.record("C3", measurement(value=20, low=15, high=25, notebook="02_other"))
-    stored = claims.frame()
+    ledger.record("C3", measurement(value=20, low=15, high=25, notebook="02_other"))
+    stored = ledger.frame(CLAIMS, ledger.measurements())
     assert list(stored.columns) == columns
     assert stored.claim.tolist() == ALL
     assert stored.set_index("claim").verdict["C3"] == "agrees"
     assert stored.set_index("claim").by["C3"] == "02_other"
-    some = claims.frame(["C7", "C3"], {"C7": measurement(value=0.2, low=0.1, high=0.3)})
+    some = ledger.frame(["C7", "C3"], {"C7": measurement(value=0.2, low=0.1, high=0.3)})
     assert some.claim.tolist() == ["C7", "C3"]
     assert some.verdict.tolist() == ["contradicts", "not run"]
-    assert claims.frame([]).empty
-    assert set(claims.frame(measurements={}).verdict) == {"not run"}
+    assert ledger.frame([], {}).empty
+    assert set(ledger.frame(CLAIMS, {}).verdict) == {"not run"}
 
 
 def test_markdown() -> None:
@@ -503,7 +502,7 @@ def test_markdown() -> None:
         "C1": measurement(),
         "C19": measurement(words="a|b\nc", seeds=1, notebook="03_scaling", parameters={}),
     }
-    page = claims.markdown(measured)
+    page = ledger.markdown(measured)
     rows = re.findall(r"^\| (C\d+) \|", page, flags=re.MULTILINE)
     assert rows == ALL
     table = [line for line in page.splitlines() if line.startswith("|")]
@@ -528,7 +527,7 @@ def test_markdown() -> None:
         for part in (claim.title, claim.sentence, claim.notes, claim.where, claim.quantity):
             assert part in section
         assert claim.published in section
-        assert claim.recompute().words in section
+        assert ledger.from_tables(claim) in section
         assert (claim.takes in section) == (claim.id not in measured)
 
 
@@ -538,50 +537,50 @@ def test_command_quotes_what_a_shell_would_split() -> None:
 
 
 def test_from_a_terminal(tmp_path: Path) -> None:
-    claims.record("C1", measurement())
+    ledger.record("C1", measurement())
     done = subprocess.run(
-        [sys.executable, "-m", "cvfp.analysis.claims", str(tmp_path / "claims.md")],
+        [sys.executable, "-m", "cvfp.analysis.ledger", str(tmp_path / "claims.md")],
         capture_output=True,
         text=True,
         check=True,
     )
     assert done.stdout.strip().endswith("claims.md: 1 of 19 claims measured")
     page = (tmp_path / "claims.md").read_text(encoding="utf-8")
-    assert page == claims.markdown(claims.measurements())
-    assert claims.load(tmp_path / "claims.json") == claims.measurements()
+    assert page == ledger.markdown(ledger.measurements())
+    assert ledger.load(tmp_path / "claims.json") == ledger.measurements()
 
 
 def test_earlier_measurements_stay_in_the_ledger(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "claims.md"
-    monkeypatch.setattr(sys, "argv", ["claims", str(path)])
-    claims.record("C2", measurement())
-    claims.record("C1", measurement())
-    claims._main()
+    monkeypatch.setattr(sys, "argv", ["ledger", str(path)])
+    ledger.record("C2", measurement())
+    ledger.record("C1", measurement())
+    ledger.main()
     (store / "C2.json").unlink()
-    claims.record("C1", measurement(value=0.75))
-    claims._main()
-    kept = claims.load(tmp_path / "claims.json")
+    ledger.record("C1", measurement(value=0.75))
+    ledger.main()
+    kept = ledger.load(tmp_path / "claims.json")
     assert list(kept) == ["C1", "C2"]
     assert (kept["C1"].value, kept["C2"].value) == (0.75, 0.8)
-    assert path.read_text(encoding="utf-8") == claims.markdown(kept)
+    assert path.read_text(encoding="utf-8") == ledger.markdown(kept)
     (tmp_path / "claims.json").write_text('{"C77": {}}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"claims.json: got .* accepted: what this module wrote"):
-        claims._main()
+    with pytest.raises(ValueError, match=r"claims.json: got .* accepted: a file that"):
+        ledger.main()
 
 
 def test_the_page_needs_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["claims"])
+    monkeypatch.setattr(sys, "argv", ["ledger"])
     with pytest.raises(SystemExit, match="2"):
-        claims._main()
+        ledger.main()
     assert "required: file" in capsys.readouterr().err
 
 
 def test_a_stored_measurement_is_plain_json() -> None:
-    path = claims.record("C1", measurement())
+    path = ledger.record("C1", measurement())
     kept = json.loads(path.read_text(encoding="utf-8"))
     assert kept["parameters"] == {"samples": 200, "seeds": [0, 1, 2], "device": "cpu"}
     assert (kept["value"], kept["low"], kept["high"], kept["seeds"]) == (0.8, 0.7, 0.9, 3)

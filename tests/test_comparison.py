@@ -171,13 +171,13 @@ def test_reading_follows_the_intervals() -> None:
     assert f"changes perplexity by {change}" in text
     assert "It helps, beyond chance" in text
     assert "Context helps, beyond chance" in text
-    ahead = text.split("Ahead of CVFP, beyond chance**: ")[1].split(";")[0]
+    ahead = text.split("Better than CVFP, beyond chance**: ")[1].split(";")[0]
     assert set(ahead.split(", ")) == {LSTM, comparison.JOINT}
     assert "Kneser–Ney trigram, fitting + training (101.0)" in text
     assert "Kneser–Ney bigram (170.0)" not in text
     worse = {**groups(), RANDOM: [run_of(LSTM, s, k) for s in SIZES for k in SEEDS]}
     assert "**It hurts**, beyond chance" in readings.controls(worse)
-    assert "One seed: not judged" in readings.controls(groups((0,)))
+    assert "One seed: no interval" in readings.controls(groups((0,)))
 
 
 def test_needed_runs_scale_with_the_square() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvfp import Experiment, ParameterError, config, sweep
-from cvfp.config import PRESETS, flag, integers, ladder, numbers, pair
+from cvfp.config import PRESETS
 
 BAD = [
     ("samples", "many", "an integer"),
@@ -183,99 +183,6 @@ def test_stages_split_the_fields() -> None:
     assert made.to_dict("context", "run") == parts[1] | parts[4]
 
 
-@pytest.mark.parametrize(
-    ("cap", "rungs"),
-    [
-        (200, [50, 100, 200]),
-        (300, [50, 100, 200, 300]),
-        (2000, [50, 100, 200, 500, 1000, 2000]),
-        (51, [50, 51]),
-        ("200", [50, 100, 200]),
-    ],
-)
-def test_ladder(cap: object, rungs: list[int]) -> None:
-    assert ladder(cap) == rungs
-
-
-@pytest.mark.parametrize("cap", [30, 50, 0, -1, "x", [100, 200], "100,200", 200.5, True, None])
-def test_ladder_refuses_what_is_not_one_size_above_50(cap: object) -> None:
-    with pytest.raises(ParameterError, match=r"^samples: "):
-        ladder(cap)
-
-
-@pytest.mark.parametrize(
-    ("value", "numbers"),
-    [
-        (3, [3]),
-        ("3", [3]),
-        ([0, 1, 2], [0, 1, 2]),
-        ((2, 0), [2, 0]),
-        (range(3), [0, 1, 2]),
-        ("0,1,2", [0, 1, 2]),
-        ("[0, 1, 2]", [0, 1, 2]),
-        ("(0, 1)", [0, 1]),
-        (["4", 5], [4, 5]),
-    ],
-)
-def test_integers(value: object, numbers: list[int]) -> None:
-    assert integers("seeds", value) == numbers
-
-
-@pytest.mark.parametrize(
-    "value",
-    [[], "", "a", "1,a", [1, 1], "2,2", -1, 1.5, "1.5", True, [True], None, {"a": 1}, [[1]]],
-)
-def test_integers_refuses_and_names(value: object) -> None:
-    with pytest.raises(ParameterError) as caught:
-        integers("seeds", value)
-    assert_names(caught.value, "seeds", value, "an integer of at least 0")
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [(0.1, [0.1]), ("0.1", [0.1]), ("0.001,0.003", [0.001, 0.003]), ([1, 0.5], [1.0, 0.5])],
-)
-def test_numbers(value: object, found: list[float]) -> None:
-    assert numbers("rates", value) == found
-
-
-@pytest.mark.parametrize("value", ["", [], "0.1,0.1", "a", -1, 0, float("nan"), True, "inf", None])
-def test_numbers_refuses_and_names(value: object) -> None:
-    with pytest.raises(ParameterError, match=r"rates: got .* accepted: a number above 0"):
-        numbers("rates", value)
-
-
-@pytest.mark.parametrize("value", ["6,768", "(6, 768)", (6, 768), [6, 768]])
-def test_pair(value: object) -> None:
-    assert pair("deep", value) == (6, 768)
-    assert pair("deep", "64,64") == (64, 64)
-
-
-@pytest.mark.parametrize("value", ["6", "6,7,8", "0,5", "a,b", 6, None, (6.5, 7), [True, 2], ""])
-def test_pair_refuses_and_names(value: object) -> None:
-    with pytest.raises(ParameterError, match=r"deep: got .* accepted: two integers of at least 1"):
-        pair("deep", value)
-
-
-@pytest.mark.parametrize(
-    ("value", "found"), [(True, True), ("true", True), ("False", False), (False, False)]
-)
-def test_flag(value: object, found: bool) -> None:
-    assert flag("full", value) is found
-
-
-@pytest.mark.parametrize("value", ["yes", 1, 0, None, ""])
-def test_flag_refuses_and_names(value: object) -> None:
-    with pytest.raises(ParameterError, match=r"full: got .* accepted: true or false"):
-        flag("full", value)
-
-
-def test_integers_has_a_lower_limit() -> None:
-    assert integers("sizes", [5], low=5) == [5]
-    with pytest.raises(ParameterError, match="at least 5"):
-        integers("sizes", [4], low=5)
-
-
 def test_parameter_error_survives_pickle() -> None:
     error = ParameterError("samples", 3000, "at most 2999")
     copy = pickle.loads(pickle.dumps(error))
@@ -302,31 +209,21 @@ def test_auto_device_prefers_the_accelerator(monkeypatch: pytest.MonkeyPatch) ->
     assert config.resolve_device("auto") == "mps"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize(
-    ("capabilities", "precision"),
-    [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "float32"), ({}, "float32")],
+    ("gain", "precision"),
+    [(3.9, "bfloat16"), (1.3, "bfloat16"), (1.2, "float32"), (0.1, "float32")],
 )
-def test_auto_precision_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], precision: str
+def test_auto_precision_is_that_of_the_faster_products(
+    monkeypatch: pytest.MonkeyPatch, gain: float, precision: str, device: str
 ) -> None:
-    monkeypatch.setattr(config, "cpu_capabilities", lambda: capabilities)
-    assert config.resolve_precision("auto", "cpu") == precision
-    assert config.resolve_precision("auto", "mps") == "float32"
+    asked: list[str] = []
+    monkeypatch.setattr(config.ops, "bfloat16_gain", lambda device: asked.append(device) or gain)
+    assert config.resolve_precision("auto", device) == precision
+    assert asked == [device]
     for chosen in ("float32", "bfloat16"):
-        assert config.resolve_precision(chosen, "cpu") == chosen
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    asked = []
-
-    def supported(including_emulation: bool = True) -> bool:
-        asked.append(including_emulation)
-        return native
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert config.resolve_precision("auto", "cuda") == ("bfloat16" if native else "float32")
-    assert asked == [False]
+        assert config.resolve_precision(chosen, device) == chosen
+    assert asked == [device]
 
 
 def test_resolved_leaves_no_auto_and_changes_nothing_else() -> None:

@@ -15,7 +15,7 @@ from scipy import stats
 from synthetic import LEVELS, judged, made, matrix, slope, student
 
 from cvfp import Result, Results
-from cvfp.analysis import measures, prediction
+from cvfp.analysis import measures, prediction, rules
 from cvfp.analysis.claims import Measurement
 
 SOURCE = measures.Source("05_phase1_to_phase2", made())
@@ -273,7 +273,7 @@ def test_rule_is_judged_by_its_calls() -> None:
     found = measures.configurations(results, SOURCE)["C18"]
     assert found.value == pytest.approx(4 / 6 - 1 / 2)
     assert found.words == "6 calls, 8 shapes"
-    rule = prediction.score(results).set_index("rule").loc["validation ER"]
+    rule = rules.score(results).set_index("rule").loc["validation ER"]
     assert (found.low, found.high) == (rule.low, rule.high)
 
 

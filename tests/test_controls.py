@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import cvfp
 from cvfp import Experiment, ParameterError, contexts, controls, end_to_end, phase2
+from cvfp.build import build, build_cvfp, cvfp_size
 from cvfp.end_to_end import LSTM, Transformer, Unrolled
-from cvfp.experiment import build, build_cvfp, cvfp_size
-from cvfp.model import CVFP, TokenInputs
+from cvfp.inputs import TokenInputs
+from cvfp.model import CVFP
 
 V, E, T = 40, 16, 150
 CONTROLS = ("random", "zero", "shuffled", "window", "end_to_end")
@@ -115,13 +116,14 @@ def test_shuffled_contexts_are_those_of_other_positions() -> None:
     assert isinstance(again, controls.Shuffled)
     assert torch.equal(again.order, order)
     everywhere = torch.arange(T)
-    seen = plain.context_inputs.dense(everywhere)
-    wanted = plain.outputs(everywhere, plain.reads(everywhere), seen)
+    wanted = plain.outputs(everywhere, plain.previous(everywhere))
     positions = torch.tensor([0, 7, T - 1])
-    for layer, mine in zip(wanted, mixed.fixed(positions)[1], strict=True):
+    for layer, mine in zip(
+        wanted, mixed.outputs(positions, mixed.previous(positions)), strict=True
+    ):
         torch.testing.assert_close(mine, layer[order[positions]])
     # The tokens of the position itself are still its own.
-    h = mixed.hidden(positions, mixed.token_inputs())
+    h = mixed.hidden(positions, mixed.previous(positions), mixed.token_inputs())
     e = plain.context_inputs.dense(positions)
     torch.testing.assert_close(h, model.token_block([o[order[positions]] for o in wanted], e))
 
@@ -133,7 +135,8 @@ def test_window_holds_the_tokens_before_and_no_other() -> None:
     rows = F.layer_norm(table(), (E,))
     for t in (0, 1, 2, 3, 50):
         before = [rows[tokens[s]] if s >= 0 else torch.zeros(E) for s in range(t - 3, t)]
-        for layer in window.fixed(torch.tensor([t]))[1]:
+        position = torch.tensor([t])
+        for layer in window.outputs(position, window.previous(position)):
             torch.testing.assert_close(layer[0], torch.cat(before))
     assert model.context_widths == [3 * E] * one.num_layers
 
@@ -165,7 +168,7 @@ def test_unrolled_equals_exact_contexts(fields: dict[str, Any], steps: int) -> N
     exact = contexts.evaluate(model.context_block, inputs, method="sequential")
     whole = phase2.Positions(model, exact.values, tokens)
     positions = torch.arange(T - 1)
-    wanted = whole.hidden(positions, whole.token_inputs())
+    wanted = whole.hidden(positions, whole.previous(positions), whole.token_inputs())
     read, state, parts = Unrolled(model), None, []
     for piece in positions.split(steps):
         hidden, state = read(inputs, piece[None], state)
@@ -182,7 +185,7 @@ def test_end_to_end_trains_the_context_block(freeze: bool) -> None:
     ran = end_to_end.train(
         model,
         Unrolled(model),
-        lambda: end_to_end.judge(model, tokens[:60]),
+        lambda: end_to_end.evaluate(model, tokens[:60]),
         tokens,
         one,
         torch.Generator().manual_seed(0),
@@ -190,7 +193,9 @@ def test_end_to_end_trains_the_context_block(freeze: bool) -> None:
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(before) - ({"embedding"} if freeze else set())
     # What is reported is what the weights left behind give, contexts exact.
-    assert end_to_end.judge(model, tokens[:60]).loss == pytest.approx(ran.validation.loss, abs=1e-6)
+    assert end_to_end.evaluate(model, tokens[:60]).loss == pytest.approx(
+        ran.validation.loss, abs=1e-6
+    )
     sequential = contexts.evaluate(
         model.context_block, model.context_inputs(tokens[:60]), method="sequential"
     )
@@ -216,7 +221,7 @@ def test_an_epoch_reads_every_token_once(length: int, batch: int, unroll: int) -
         return read(inputs, positions, state)
 
     end_to_end.train(
-        model, spy, lambda: end_to_end.judge(model, tokens), tokens, one, torch.Generator()
+        model, spy, lambda: end_to_end.evaluate(model, tokens), tokens, one, torch.Generator()
     )
     everything = torch.cat([one.flatten() for one in seen]).tolist()
     lanes = len(seen[0])
@@ -234,7 +239,7 @@ def test_a_stream_too_short_to_unroll_is_named() -> None:
         end_to_end.train(
             model,
             Unrolled(model),
-            lambda: end_to_end.judge(model, tokens),
+            lambda: end_to_end.evaluate(model, tokens),
             tokens,
             one,
             torch.Generator(),
@@ -251,7 +256,8 @@ def test_a_stream_too_short_to_unroll_is_named() -> None:
 def test_peers_have_cvfps_size(model: Any, layers: int, width: int, dim: int) -> None:
     one = experiment(model=model, num_layers=layers, context_dim=width, embedding_dim=dim)
     size = cvfp_size(one, dim)
-    own = build_cvfp(one.replace(model="cvfp"), torch.zeros(V, dim)).parameter_counts()
+    plain = one.replace(model="cvfp")
+    own = controls.parameter_counts(build_cvfp(plain, torch.zeros(V, dim)), plain)
     assert size == own["context_block"] + own["token_block"]
     peer = end_to_end.peer(one, torch.zeros(V, dim), size, seed=0)
     trained = sum(
@@ -282,7 +288,7 @@ def test_lstm_is_judged_as_a_step_by_step_loop_would(monkeypatch: pytest.MonkeyP
             parameter.copy_(getattr(model.lstm, f"{name}_l0"))
     e = F.layer_norm(table(), (E,))[tokens]
     h = c = torch.zeros(1, 12)
-    ours = model.judge(tokens, 1)
+    ours = model.evaluate(tokens, 1)
     for t in range(59):
         with torch.no_grad():
             h, c = cell(e[t : t + 1], (h, c))
@@ -294,7 +300,7 @@ def test_lstm_is_judged_as_a_step_by_step_loop_would(monkeypatch: pytest.MonkeyP
 def test_transformer_is_judged_as_one_window_at_a_time_would() -> None:
     model, tokens = transformer(), stream(61)
     inputs = TokenInputs(tokens, model.embedding, 1)
-    ours = model.judge(tokens, 1)
+    ours = model.evaluate(tokens, 1)
     assert len(ours.nats) == 60
     with torch.no_grad():
         for start in range(0, 60, 8):
@@ -315,7 +321,7 @@ def test_no_peer_sees_what_comes_later(make: Any) -> None:
     model, tokens = make(), stream(60)
     changed = tokens.clone()
     changed[30] = (changed[30] + 1) % V
-    before, after = model.judge(tokens, 1).nats, model.judge(changed, 1).nats
+    before, after = model.evaluate(tokens, 1).nats, model.evaluate(changed, 1).nats
     # Token 30 is predicted at 29, and read at 30.
     assert torch.equal(before[:29], after[:29])
     assert not torch.equal(before[30:], after[30:])
@@ -341,7 +347,7 @@ def test_peers_learn_a_stream_that_can_be_learnt(kind: Any, tying: bool, freeze:
     ran = end_to_end.train(
         model,
         model.read,
-        lambda: model.judge(tokens[:80], 1),
+        lambda: model.evaluate(tokens[:80], 1),
         tokens,
         one,
         torch.Generator().manual_seed(0),
@@ -382,10 +388,10 @@ def test_a_control_runs_is_stored_and_loaded(tiny: Experiment, kind: Any) -> Non
         assert torch.equal(weights, theirs.state_dict()[name])
     assert isinstance(theirs, CVFP)
     if kind in ("random", "end_to_end"):
-        assert theirs.generate("hello", 3)
+        assert cvfp.generate(theirs, "hello", 3)
     else:
         with pytest.raises(ValueError, match="contexts: got a control"):
-            theirs.generate("hello", 3)
+            cvfp.generate(theirs, "hello", 3)
         if not has_contexts:
             with pytest.raises(ParameterError, match="a run that has contexts"):
                 _ = ran.ranks
@@ -419,7 +425,7 @@ def test_a_peer_runs_is_stored_and_loaded(kind: Any) -> None:
     data = cvfp.data.load(one)
     model = kept.model()
     assert isinstance(model, end_to_end.Peer)
-    again = model.judge(data.validation.tokens, 1)
+    again = model.evaluate(data.validation.tokens, 1)
     assert again.loss == pytest.approx(
         sum(r["nats"] for r in ran.val_conversations) / len(again.nats)
     )

@@ -10,9 +10,8 @@ from conftest import tiny_experiment
 from test_phases import make_model, make_tokens
 
 import cvfp
-from benchmarks import literal
-from cvfp import Experiment, phase1, phase2, store
-from cvfp.model import TokenInputs
+from cvfp import Experiment, ops, phase1, phase2, store
+from cvfp.inputs import TokenInputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -45,7 +44,7 @@ def train_phase2(tying: bool, freeze: bool) -> tuple[phase2.Phase2, list[torch.T
     contexts = torch.randn(2200, 10, generator=torch.Generator().manual_seed(0)).cuda()
     tokens = make_tokens(2200).cuda()
     made = phase2.train(
-        phase2.Positions(model, contexts.bfloat16(), tokens, "bfloat16"),
+        phase2.Positions(model, contexts.bfloat16(), tokens),
         phase2.Positions(model, contexts[:300], tokens[:300]),
         experiment(),
         torch.Generator().manual_seed(2),
@@ -65,7 +64,7 @@ def test_recorded_steps_are_the_steps(
         )
         recorded, weights = train_phase2(tying, freeze)
     assert len(replays) > 90  # all but the first three, and the last of each epoch
-    monkeypatch.setattr(phase2, "WORTH_RECORDING", 10**9)
+    monkeypatch.setattr(ops, "recorded", lambda step, steps: step)
     plain, wanted = train_phase2(tying, freeze)
     torch.testing.assert_close(recorded.validation.nats, plain.validation.nats, rtol=0, atol=1e-5)
     assert recorded.train_loss == pytest.approx(plain.train_loss, abs=1e-5)
@@ -87,15 +86,44 @@ def test_phase1_is_the_same_wherever_contexts_are(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_phase1_follows_the_literal_one(precision: str) -> None:
-    model = make_model().cuda()
-    inputs = TokenInputs(make_tokens(2200).cuda(), model.embedding.detach(), 1)
-    draws = torch.Generator("cuda").manual_seed(1)
-    made, _ = literal.phase1(model.context_block, inputs, experiment(precision=precision), draws)
-    mine = train_phase1(precision).contexts.float()
-    # Other draws, the same distribution: compare what all tokens have in common.
-    torch.testing.assert_close(mine.mean(0), made.mean(0), rtol=0, atol=0.03)
-    torch.testing.assert_close(mine.std(0), made.std(0), rtol=0, atol=0.03)
+def test_phase1_follows_the_plain_one(precision: str) -> None:
+    with ops.using("plain"):
+        made = train_phase1(precision)
+    mine = train_phase1(precision)
+    # A trajectory of many steps: compare what all tokens have in common.
+    for one, other in zip(mine.history, made.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.02)
+    ours, theirs = mine.contexts.float(), made.contexts.float()
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), rtol=0, atol=0.03)
+    torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [400, 4097])
+def test_formulas_are_the_plain_ones(vocabulary: int, dtype: torch.dtype) -> None:
+    """Forward and gradients; logits in tiles."""
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, device="cuda").requires_grad_()
+
+    part, more, table, bias = leaf(130, 24), leaf(130, 7), leaf(vocabulary, 24), leaf(vocabulary)
+    weight, rest = leaf(24, 31), [leaf(24) for _ in range(3)]
+    target = torch.arange(130, device="cuda")
+    leaves = [part, more, table, bias, weight, *rest]
+    made: list[list[torch.Tensor]] = []
+    for mode in ("auto", "plain"):
+        with (
+            ops.using(mode),
+            torch.autocast("cuda", torch.bfloat16, enabled=dtype != torch.float32),
+        ):
+            hidden = ops.residual_norm([part, more], weight, rest[0], part, *rest[1:], 1e-5)
+            nats = ops.next_token_nats(hidden, table, bias, target)
+        made.append([hidden, nats, *torch.autograd.grad(nats, leaves)])
+    limit = 1e-4 if dtype == torch.float32 else 5e-2
+    for mine, theirs in zip(*made, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert float((mine - theirs).norm()) <= limit * float(theirs.norm())
 
 
 def test_contexts_on_the_device_are_stored(home: Path) -> None:

@@ -16,14 +16,17 @@ from cvfp import (
     ParameterError,
     Result,
     Results,
+    abort,
     contexts,
     data,
-    phase1,
     phase2,
     sweep,
 )
-from cvfp.experiment import build, column_docs
+from cvfp.build import build
+from cvfp.corpora import load_corpus
 from cvfp.model import CVFP
+from cvfp.recurrence import diagnose
+from cvfp.result import column_docs
 
 
 def assert_sound(result: Result) -> None:
@@ -158,7 +161,7 @@ def test_fitted_table_stands_beside_the_run(tiny: Experiment) -> None:
     nats = float(bigram.nats(made.validation.tokens).mean())
     assert result.baselines["table"] is not None
     assert result.baselines["table"]["ppl"] == pytest.approx(math.exp(nats))
-    texts = "".join(data.load_corpus(tiny).validation)
+    texts = "".join(load_corpus(tiny).validation)
     first = made.tokenizer.count_bytes(made.validation.tokens[:1])
     total_bytes = len(texts.encode()) - first
     per_byte = nats * (result.val_tokens - 1) / math.log(2) / total_bytes
@@ -326,7 +329,9 @@ def next_token(model: CVFP, tokens: list[int]) -> int:
     )
     positions = phase2.Positions(model, made.values, stream)
     with torch.no_grad():
-        logits = positions.logits(torch.tensor([len(tokens) - 1]), positions.token_inputs())
+        last = torch.tensor([len(tokens) - 1])
+        hidden = positions.hidden(last, positions.previous(last), positions.token_inputs())
+        logits = model.logits(hidden)
     return int(logits.argmax())
 
 
@@ -341,7 +346,7 @@ def test_greedy_text_follows_phase2s_logits(tiny: Experiment, changes: dict[str,
         for _ in range(6):
             tokens.append(next_token(model, tokens))
         seen |= set(tokens[start:])
-        assert model.generate(prompt, 6, temperature=0) == model.tokenizer.decode(tokens)
+        assert cvfp.generate(model, prompt, 6, temperature=0) == model.tokenizer.decode(tokens)
     assert len(seen) > 5
 
 
@@ -356,25 +361,25 @@ def test_state_stays_one_context_and_n_tokens(tiny: Experiment) -> None:
     assert model.tokenizer is not None
     prompt = "how are you today?"
     length = len(model.tokenizer.encode([prompt]).tokens)
-    model.generate(prompt, 30)
+    cvfp.generate(model, prompt, 30)
     assert set(shapes) == {((1, 16), (1, 32))}
     assert len(shapes) == length + 29
 
 
 def test_sampling_is_the_seeds_and_the_temperatures(tiny: Experiment) -> None:
     model = lively_model(tiny)
-    text = model.generate("hello", 20, seed=1)
+    text = cvfp.generate(model, "hello", 20, seed=1)
     assert text.startswith("hello")
-    assert model.generate("hello", 20, seed=1) == text
-    assert model.generate("hello", 20, seed=2) != text
-    cold = model.generate("hello", 20, temperature=1e-4, seed=1)
-    assert cold == model.generate("hello", 20, temperature=0, seed=2) != text
+    assert cvfp.generate(model, "hello", 20, seed=1) == text
+    assert cvfp.generate(model, "hello", 20, seed=2) != text
+    cold = cvfp.generate(model, "hello", 20, temperature=1e-4, seed=1)
+    assert cold == cvfp.generate(model, "hello", 20, temperature=0, seed=2) != text
 
 
 def test_sampling_leaves_the_global_generator_alone(tiny: Experiment) -> None:
     model = lively_model(tiny)
     before = torch.random.get_rng_state()
-    model.generate("hello", 5)
+    cvfp.generate(model, "hello", 5)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -392,14 +397,14 @@ def test_bad_arguments_of_generate_are_named(
     tiny: Experiment, name: str, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got "):
-        lively_model(tiny).generate(**arguments)
+        cvfp.generate(lively_model(tiny), **arguments)
 
 
 def test_generate_needs_a_tokeniser(tiny: Experiment) -> None:
     model = lively_model(tiny)
     model.tokenizer = None
     with pytest.raises(ValueError, match=r"^tokenizer: got None"):
-        model.generate("hello")
+        cvfp.generate(model, "hello")
 
 
 def test_an_aborted_run_has_no_perplexity_and_is_another_run(tiny: Experiment) -> None:
@@ -411,8 +416,8 @@ def test_an_aborted_run_has_no_perplexity_and_is_another_run(tiny: Experiment) -
     assert full.val_ppl is not None
     aborted = cvfp.run(hopeless.replace(phase1_abort=True))
     assert aborted.key != full.key
-    assert aborted.phase1_iterations == phase1.ABORT_ITERATION
-    assert aborted.aborted == phase1.abort_reason(full.phase1_history)
+    assert aborted.phase1_iterations == abort.ITERATION
+    assert aborted.aborted == abort.reason(full.phase1_history)
     assert aborted.aborted
     assert (aborted.val_ppl, aborted.best_epoch, aborted.phase2_history) == (None, None, [])
     again = cvfp.run(hopeless.replace(phase1_abort=True))
@@ -422,8 +427,8 @@ def test_an_aborted_run_has_no_perplexity_and_is_another_run(tiny: Experiment) -
     assert frame.val_ppl.notna().tolist() == [True, False]
     # What is given up is judged by the exact validation contexts of that moment.
     at = {int(row["iteration"]): row for row in aborted.phase1_history}
-    assert at[phase1.ABORT_ITERATION]["val_er"] == pytest.approx(aborted.val_er)
-    assert "val_er" not in at[phase1.ABORT_ITERATION - 1]
+    assert at[abort.ITERATION]["val_er"] == pytest.approx(aborted.val_er)
+    assert "val_er" not in at[abort.ITERATION - 1]
 
 
 def test_the_rules_for_giving_up() -> None:
@@ -435,12 +440,12 @@ def test_the_rules_for_giving_up() -> None:
         rows[-1] |= {"val_er": 0.75, **changed}
         return rows
 
-    assert phase1.abort_reason(history()) is None
-    assert "rank 69.0%" in str(phase1.abort_reason(history(val_er=0.69)))
-    assert phase1.abort_reason(history(val_er=0.70)) is None
-    assert "converged" in str(phase1.abort_reason(history(converged=15 / 40)))
-    assert "loss" in str(phase1.abort_reason(history(loss=0.98)))
-    assert phase1.abort_reason(history(val_er=0.1)[:-1]) is None
+    assert abort.reason(history()) is None
+    assert "rank 69.0%" in str(abort.reason(history(val_er=0.69)))
+    assert abort.reason(history(val_er=0.70)) is None
+    assert "converged" in str(abort.reason(history(converged=15 / 40)))
+    assert "loss" in str(abort.reason(history(loss=0.98)))
+    assert abort.reason(history(val_er=0.1)[:-1]) is None
 
 
 def test_result_says_how_the_recurrence_forgets(tiny: Experiment) -> None:
@@ -454,6 +459,6 @@ def test_result_says_how_the_recurrence_forgets(tiny: Experiment) -> None:
     model = result.model()
     inputs = model.context_inputs(data.load(tiny).validation.tokens)
     exact = contexts.evaluate(model.context_block, inputs, method="sequential").values
-    found = contexts.diagnose(model.context_block, inputs, exact)
+    found = diagnose(model.context_block, inputs, exact)
     assert found.memory_length == result.memory_length
     assert found.contraction_rate == pytest.approx(result.contraction_rate, rel=1e-3)

@@ -17,11 +17,14 @@ import torch
 from conftest import WriteJsonl
 from torch import Tensor
 
-from cvfp import contexts, data, experiment, gap, metrics, phase1, seeds
+from cvfp import data, experiment, gap, metrics, phase1, seeds
 from cvfp.analysis import plots, published, readings, tables
 from cvfp.analysis.intervals import Paired
+from cvfp.build import build
 from cvfp.config import Experiment, ParameterError
-from cvfp.model import ContextBlock, TokenInputs, initialise
+from cvfp.inputs import TokenInputs
+from cvfp.model import ContextBlock, initialise
+from cvfp.recurrence import Recurrence, diagnose
 
 SWEEPS = 12
 # Iterations after which little is left of where Phase 1 began, and a threshold that stops none.
@@ -50,7 +53,7 @@ def copied(block: ContextBlock) -> dict[str, Tensor]:
 
 def untrained(one: Experiment) -> tuple[ContextBlock, TokenInputs]:
     streams, table = experiment.prepare(one)
-    model = experiment.build(one, table.weight, streams.tokenizer)
+    model = build(one, table.weight, streams.tokenizer)
     return model.context_block, model.context_inputs(streams.train.tokens)
 
 
@@ -153,7 +156,7 @@ def test_exact_contexts_are_those_of_the_final_weights(any_case: Case) -> None:
     assert made.converged
     assert float(metrics.relative_errors(made.values, any_case.exact).max()) < 2e-3
     assert float(metrics.relative_errors(made.values, any_case.exact).mean()) < 1e-5
-    recurrence = contexts.diagnose(any_case.block, any_case.inputs, any_case.exact)
+    recurrence = diagnose(any_case.block, any_case.inputs, any_case.exact)
     assert any_case.gap.recurrence.memory_length == recurrence.memory_length
     assert any_case.gap.recurrence.contraction_rate == pytest.approx(
         recurrence.contraction_rate, rel=1e-3
@@ -261,7 +264,7 @@ def test_without_noise_nothing_is_due_to_noise(quiet: Case, noisy: Case) -> None
 
 def test_without_noise_the_other_causes_together_are_phase1(quiet: Case) -> None:
     draw = seeds.generator(quiet.experiment.seed, "phase1")
-    start = seeds.normals(draw)(torch.empty_like(quiet.exact), phase1.INITIAL_STD)
+    start = torch.empty_like(quiet.exact).normal_(0.0, phase1.INITIAL_STD, generator=draw)
     made = repeated(quiet, start, quiet.history, ring=True)
     torch.testing.assert_close(made, quiet.first.contexts, rtol=0, atol=1e-3)
 
@@ -643,7 +646,7 @@ def test_what_a_gap_ran_on_is_said(any_case: Case) -> None:
     memory = measured.recurrence.memory_length
     assert facts["memory length"] == ("–" if memory is None else f"{memory} tokens")
     assert facts["contraction rate per token"] == f"{measured.recurrence.contraction_rate:.3f}"
-    silent = dataclasses.replace(measured, recurrence=contexts.Recurrence(None, None, []))
+    silent = dataclasses.replace(measured, recurrence=Recurrence(None, None, []))
     missing = tables.gap_ran_on(silent)[""]
     assert missing[["contraction rate per token", "memory length"]].tolist() == ["–", "–"]
 
@@ -746,13 +749,13 @@ def test_reading_judges_by_the_interval(noisy: Case, judged: Paired, words: str)
 @pytest.mark.parametrize(
     ("recurrence", "words"),
     [
-        (contexts.Recurrence(None, None, []), "too short to say"),
-        (contexts.Recurrence(1.25, None, [0.5] * 256), "After 256 tokens a context still depends"),
-        (contexts.Recurrence(0.8, 17, [0.01]), "within 1 % after **17 tokens**"),
+        (Recurrence(None, None, []), "too short to say"),
+        (Recurrence(1.25, None, [0.5] * 256), "After 256 tokens a context still depends"),
+        (Recurrence(0.8, 17, [0.01]), "within 1 % after **17 tokens**"),
     ],
 )
 def test_reading_says_how_the_recurrence_forgets(
-    noisy: Case, recurrence: contexts.Recurrence, words: str
+    noisy: Case, recurrence: Recurrence, words: str
 ) -> None:
     changed = dataclasses.replace(noisy.gap, recurrence=recurrence)
     assert words in readings.parallel(changed, TIMED, SURE)
@@ -775,7 +778,7 @@ def test_reading_finds_the_least_cosine_at_the_first_token(noisy: Case) -> None:
         made = right + 0.1 * torch.randn(400, 8, generator=generator)
         made[0] = -made[0]
         agreement = noisy.gap.agreement.copy()
-        agreement.loc[gap.AS_LEFT] = metrics.agreement(made, right)
+        agreement.loc[gap.AS_LEFT] = gap.agreement(made, right)
         changed = dataclasses.replace(noisy.gap, agreement=agreement, along=gap._along(made, right))
         text = readings.parallel(changed, TIMED, SURE)
         assert "is that of the first tokens" in text

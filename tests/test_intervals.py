@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
 from conftest import tiny_experiment
 from scipy import stats
+from synthetic import made, scored
 
 import cvfp
 from cvfp import Result
@@ -20,13 +19,7 @@ TRUTH = 0.03  # nats per token by which the first set of runs is worse
 
 
 def result(seed: int, tokens: np.ndarray, nats: np.ndarray) -> Result:
-    """What `paired` reads of a Result."""
-    rows = [
-        {"tokens": float(t), "nats": float(n), "correct": 0.0}
-        for t, n in zip(tokens, nats, strict=True)
-    ]
-    made = SimpleNamespace(experiment=SimpleNamespace(seed=seed), val_conversations=rows)
-    return cast(Result, made)
+    return made({"seed": seed}, **scored(tokens, nats))
 
 
 def both(difference: np.ndarray, tokens: np.ndarray) -> tuple[list[Result], list[Result]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvfp import baselines, metrics
+from cvfp import baselines, gap, metrics
 
 
 def test_effective_rank_equals_an_svd() -> None:
@@ -43,7 +43,7 @@ def test_effective_rank_is_uncentred_and_zero_for_zeros() -> None:
 def test_agreement_by_hand() -> None:
     reference = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     contexts = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    figures = metrics.agreement(contexts, reference)
+    figures = gap.agreement(contexts, reference)
     assert figures["cosine_mean"] == pytest.approx(0.5)
     assert figures["cosine_min"] == pytest.approx(0.0)
     assert figures["mse"] == pytest.approx(0.5)

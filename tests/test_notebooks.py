@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
-from cvfp.analysis import claims
+from cvfp import Experiment, ParameterError
+from cvfp.analysis import claims, ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,6 +37,83 @@ def test_stored_as_design_says(book: Path) -> None:
     images = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert images
     assert all(len(image) * 3 / 4 < 100_000 for image in images)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_parameters_are_read_once(book: Path) -> None:
+    """Declared literals, then `given`; no later cell reads a parameter as it was written."""
+    cells = code(book)
+    place = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    declared = {}
+    for statement in ast.parse(cells[place].source).body:
+        assert isinstance(statement, ast.Assign)
+        (target,) = statement.targets
+        assert isinstance(target, ast.Name)
+        declared[target.id] = ast.literal_eval(statement.value)
+    assert declared["preset"] == "mini"
+    assert cells[place + 1].source.startswith("given = cvfp.notebook.given(")
+    for cell in cells[place + 1 :]:
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not (isinstance(node, ast.Name) and node.id in declared), node.id
+
+
+def first_cells(book: Path, **injected: object) -> dict[str, Any]:
+    """The variables after the notebook's first cells, up to the one that reads its parameters."""
+    cells = [cell.source for cell in code(book)]
+    place = next(i for i, source in enumerate(cells) if source.startswith("given = "))
+    words = [f"{name} = {value!r}" for name, value in injected.items()]
+    space: dict[str, Any] = {}
+    exec("\n".join([*cells[:place], *words, cells[place]]), space)
+    return space
+
+
+SMALL = dict(vocab_size=300, fitting_samples=3, validation_samples=2)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_any_field_is_a_parameter_of_every_notebook(book: Path) -> None:
+    experiment = first_cells(book, **SMALL, loss_group="500", phase1_noise=0)["experiment"]
+    assert isinstance(experiment, Experiment)
+    assert (experiment.loss_group, experiment.phase1_noise) == (500, 0.0)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sample", 5), ("phase1_noise", -1), ("phase2_patience", 2.5), ("phase1_abort", True)],
+)
+def test_first_cell_refuses(book: Path, name: str, value: object) -> None:
+    with pytest.raises(ParameterError, match=f"^{name}: got {value}[.;]"):
+        first_cells(book, **{**SMALL, name: value})
+
+
+@pytest.mark.parametrize(
+    ("stem", "name", "value", "words"),
+    [
+        ("01", "temperature", -1, "at least 0"),
+        ("01", "max_new_tokens", 0, "at least 1"),
+        ("01", "samples", 10**6, "at most"),
+        ("01", "contexts", "zero", "06_controls"),
+        ("02", "training_contexts", "exact", "both are run"),
+        ("02", "n_jobs", 0, "at least 1"),
+        ("02", "lengths", "100,2.5", "an integer"),
+        ("03", "model", "lstm", "06_controls"),
+        ("03", "seed", 3, "seeds, which sets it"),
+        ("03", "samples", 10**6, "at most"),
+        ("03", "patience_samples", 10**6, "at most"),
+        ("03", "patience_epochs", 2.5, "one integer"),
+        ("04", "context_dim", 64, "set by deep and wide"),
+        ("04", "overfit_epochs", 0, "at least 1"),
+        ("05", "dims", "1,64", "at least 2"),
+        ("06", "contexts", "zero", "every kind is run"),
+        ("06", "learning_rates", "0.1,-1", "above 0"),
+        ("06", "num_input_tokens", 2, "1 for model 'transformer'"),
+    ],
+)
+def test_first_cell_refuses_of_its_own(stem: str, name: str, value: object, words: str) -> None:
+    book = next(book for book in BOOKS if book.stem.startswith(stem))
+    with pytest.raises(ParameterError, match=words):
+        first_cells(book, **{**SMALL, name: value})
 
 
 @pytest.mark.parametrize(
@@ -60,9 +140,9 @@ def test_notebooks_print_the_rows_of_their_claims(stem: str, ids: list[str]) -> 
 
 def test_reports_are_generated() -> None:
     """The ledger's page is what its measurements make, and each has its notebook in reports/."""
-    kept = claims.load(ROOT / "reports" / "claims.json")
+    kept = ledger.load(ROOT / "reports" / "claims.json")
     page = (ROOT / "reports" / "claims.md").read_text(encoding="utf-8")
-    assert page == claims.markdown(kept)
+    assert page == ledger.markdown(kept)
     assert (
         sum(claims.verdict(claims.CLAIMS[id], one) != "not run" for id, one in kept.items()) >= 15
     )
@@ -71,8 +151,9 @@ def test_reports_are_generated() -> None:
         assert any(stem.startswith(one.notebook) for stem in stems)
 
 
-def test_nbval_sees_a_corrupted_fact(tmp_path: Path) -> None:
+def test_nbval_sees_a_corrupted_fact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checked cells of 01 that need no run: as stored they pass, corrupted they fail."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel's cvfp is this one
     stored = nbformat.read(BOOKS[0], as_version=4)
     imports = next(c for c in stored.cells if "import cvfp" in c.source)
     checked = [c for c in stored.cells if c.source.startswith("# NBVAL_CHECK_OUTPUT")]

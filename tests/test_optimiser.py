@@ -1,26 +1,37 @@
-"""Adam is torch's."""
+"""Adam is torch's, and the definition's."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import literal
+import pytest
 import torch
+from torch import Tensor
 
-from cvfp.optimiser import Adam
+from cvfp.ops.adam import Adam
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(*s, generator=draw).to(dtype).requires_grad_() for s in ((7, 5), (3,))]
+
+
+def gradients(of: list[Tensor], step: int) -> list[Tensor]:
+    return list(torch.autograd.grad(sum((p * (step + 1)).sin().sum() for p in of), of))
 
 
 def test_adam_is_torchs_to_the_last_bit() -> None:
-    mine = [torch.randn(7, 5, requires_grad=True), torch.randn(3, requires_grad=True)]
-    idle = torch.randn(2, requires_grad=True)
-    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    mine, theirs, idle = parameters(), parameters(), torch.randn(2, requires_grad=True)
     still = idle.detach().clone()
     one, other = Adam([*mine, idle], lr=0.01), torch.optim.Adam(theirs, lr=0.01, fused=True)
     for step in range(20):
         one.zero_grad()
         other.zero_grad()
-        for parameters in (mine, theirs):
-            sum((p * (step + 1)).sin().sum() for p in parameters).backward()
+        for group in (mine, theirs):
+            for parameter, gradient in zip(group, gradients(group, step), strict=True):
+                parameter.grad = gradient
         one.step()
         other.step()
     for p, q in zip(mine, theirs, strict=True):
@@ -28,11 +39,35 @@ def test_adam_is_torchs_to_the_last_bit() -> None:
     assert torch.equal(idle, still)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_adam_is_the_definition(steps: int) -> None:
+    mine, theirs = parameters(torch.float64), parameters(torch.float64)
+    one, other = Adam(mine, lr=0.01), literal.Adam(theirs, lr=0.01)
+    for step in range(steps):
+        for parameter, gradient in zip(mine, gradients(mine, step), strict=True):
+            parameter.grad = gradient
+        one.step()
+        other.step(gradients(theirs, step))
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_a_parameter_without_a_gradient_waits() -> None:
+    moved, waits = parameters()
+    one, before = Adam([moved, waits], lr=0.1), waits.detach().clone()
+    one.step()  # none has one
+    moved.grad = torch.ones_like(moved)
+    one.step()
+    assert torch.equal(waits, before)
+    one.zero_grad()
+    assert moved.grad is None
+
+
 def test_training_does_not_import_the_compiler() -> None:
     """It takes as long as all else that stands before training."""
     code = """
 import sys, torch
-from cvfp.optimiser import Adam
+from cvfp.ops.adam import Adam
 weight = torch.ones(3, requires_grad=True)
 optimiser = Adam([weight], lr=0.1)
 weight.sum().backward()

@@ -12,7 +12,16 @@ import pytest
 from synthetic import SIZES, curve, ladder, losses, made, matrix, slope, student
 
 from cvfp import Results, gap
-from cvfp.analysis import claims, intervals, prediction, published, readings, scaling, tables
+from cvfp.analysis import (
+    claims,
+    intervals,
+    ledger,
+    prediction,
+    published,
+    readings,
+    scaling,
+    tables,
+)
 from cvfp.analysis.scaling import AlphaOverRuns
 
 TOKENS = 1000.0 * np.array(SIZES)
@@ -26,6 +35,27 @@ def curves(seeds: int = 3) -> Results:
 
 
 # Tables
+
+
+def test_table_of_parameters_agrees_with_note_003() -> None:
+    table = tables.published_parameter_counts()
+    assert table.index.tolist() == ["6 x 768", "3 x 1536"]
+    assert (table["ContextBlock"] == table["ContextBlock, published"]).all()
+    assert (table["TokenBlock"] == table["trained by Phase 2, published"]).all()
+    assert table["TokenBlock, published"].tolist() == [10.63, 7.08]
+
+
+def test_table_of_extrapolation_has_its_intervals() -> None:
+    ppl = 1e4 * TOKENS**-0.3 * np.array([1.01, 0.99, 1, 1.01, 0.99])
+    laws = {"here": scaling.fit(TOKENS, ppl), "two": scaling.fit(TOKENS[:2], ppl[:2])}
+    table: Any = tables.extrapolation(laws, {"here": TOKENS.max(), "two": TOKENS[1]})
+    assert table.index.tolist() == ["1 M tokens", "5 M tokens", "10 M tokens"]
+    low, high = cast(tuple[float, float], laws["here"].predict_interval(5e6))
+    row = table.loc["5 M tokens"]
+    assert row["here: PPL by its law"] == f"{laws['here'].predict(5e6):.1f}"
+    assert row["here: 95 % interval"] == f"{low:.1f} … {high:.1f}"
+    assert row["here: times its largest run"] == "6.2"
+    assert row["two: 95 % interval"] == "needs three points"
 
 
 def test_table_of_overfitting_stands_beside_the_note() -> None:
@@ -50,7 +80,7 @@ def test_table_of_patience_is_against_the_first() -> None:
     table: Any = tables.patience(curves(), [1, 3])
     assert table.index.tolist() == [1, 3, "none, best kept", "none, last kept"]
     assert table["epochs run"].tolist() == ["2.7", "5.0", "5.0", "5.0"]
-    assert table["epoch kept"].tolist() == ["1.7", "2.3", "2.3", "5.0"]
+    assert table["epoch chosen"].tolist() == ["1.7", "2.3", "2.3", "5.0"]
     assert table["PPL"][1] == f"{np.mean(np.exp([2.0, 2.5, 2.2])):.1f}"
     assert table["accuracy %"].tolist() == ["1.67", "2.33", "2.33", "5.00"]
     change, bounds = table.columns[-2:]
@@ -238,7 +268,7 @@ def test_causes_are_added_without_the_last_update() -> None:
         ([-0.19, -0.2, -0.21], "Tokens in every layer are better, beyond chance."),
         ([0.19, 0.2, 0.21], "Equal-decrease is better, beyond chance."),
         ([0.2, -0.2, 0.01], "No difference can be told from chance."),
-        ([-0.2], "One seed: not judged."),
+        ([-0.2], "One seed: no interval."),
     ],
 )
 def test_reading_of_designs_follows_the_interval(differences: list[float], words: str) -> None:
@@ -292,7 +322,7 @@ def test_reading_of_forms_says_which_sizes_do_not_allow() -> None:
 def test_reading_of_patience() -> None:
     text = readings.patience(curves(), 1, 3)
     middle, low, high = student([0.0, math.expm1(-0.2), 0.0])
-    assert f"Patience 3 instead of 1 changes the perplexity kept by {middle:+.1%}" in text
+    assert f"Patience 3 instead of 1 changes the perplexity by {middle:+.1%}" in text
     assert f"(95 % interval {low:+.1%} to {high:+.1%}, 3 seeds)" in text
     assert "a better epoch in 1 of 3 runs" in text
     assert f"the last one is {math.expm1(0.4):+.1%} over the best" in text
@@ -342,11 +372,11 @@ def test_reading_of_rules_sorts_them_by_their_interval() -> None:
 
 def test_rows_of_the_ledger_are_those_asked_for() -> None:
     one = claims.Measurement(0.8, 0.7, 0.9, 3, "so", "04_layers_vs_dim", {}, "here")
-    lines = claims.rows(["C8", "C1"], {"C1": one, "C4": one}).splitlines()
+    lines = ledger.rows(["C8", "C1"], {"C1": one, "C4": one}).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| C8", "| C1"]
     assert "not run" in lines[2]
     assert "0.8 [0.7, 0.9] (so)" in lines[3]
     assert "| agrees |" in lines[3]
     assert {line.count(" | ") for line in lines} == {7}
     with pytest.raises(ValueError, match="C20"):
-        claims.rows(["C20"], {})
+        ledger.rows(["C20"], {})

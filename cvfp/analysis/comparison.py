@@ -1,4 +1,4 @@
-"""CVFP beside its controls and its peers: what each is, and how far it lies from the reference."""
+"""CVFP beside its controls and its peers: what each is, and how far it is from the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from cvfp.analysis import intervals
 from cvfp.analysis.intervals import Paired
 from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import Result
+from cvfp.result import Result
 
 CVFP = "CVFP"
 RANDOM, ZERO, SHUFFLED = "random ContextBlock", "zero contexts", "shuffled contexts"
@@ -33,7 +33,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     RANDOM_TABLE: {"embedding": "random"},
     LEARNT_TABLE: {"embedding": "random", "freeze_embedding": False},
 }
-# Those that have a learning rate of their own; the others have CVFP's.
+# Kinds tuned to a learning rate of their own; the others run at CVFP's.
 TUNED = (CVFP, RANDOM, ZERO, WINDOW, JOINT, LSTM, TRANSFORMER)
 # Models without any training by gradients, on the same tokens: `baselines.NAMES`.
 COUNTED: Mapping[str, str] = {
@@ -64,10 +64,10 @@ def best_rate(results: Sequence[Result]) -> float:
     Raises:
         ParameterError: no run with a perplexity.
     """
-    judged = [one for one in results if one.val_ppl is not None]
-    if not judged:
+    scored = [one for one in results if one.val_ppl is not None]
+    if not scored:
         raise ParameterError("results", [one.key for one in results], "runs with a perplexity")
-    best = min(judged, key=lambda one: one.val_ppl or 0.0)
+    best = min(scored, key=lambda one: one.val_ppl or 0.0)
     return best.experiment.phase2_learning_rate
 
 
@@ -103,7 +103,7 @@ def against(
 
 
 def trained_parameters(result: Result) -> int:
-    """Parameters that training moves, by either phase."""
+    """Parameters that either phase trains."""
     counts = dict(result.parameters)
     if result.experiment.freeze_embedding:
         counts.pop("embedding")
@@ -141,6 +141,6 @@ def by_bin(
     parts = []
     for kind in groups:
         if kind != reference:
-            found = table(kind)
-            parts.append(found.assign(kind=kind, nats=found.nats - base.nats).reset_index())
+            rows = table(kind)
+            parts.append(rows.assign(kind=kind, nats=rows.nats - base.nats).reset_index())
     return pd.concat(parts, ignore_index=True)[["kind", "low", "tokens", "nats"]]

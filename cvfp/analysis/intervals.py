@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from cvfp.experiment import Result
+from cvfp.result import Result
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Paired:
             either.
         seeds, conversations: how many of each were paired.
         by_seed: the change of each seed.
-        seed_share: share of the variance that is due to the seeds; None without an interval.
+        seed_share: the seeds' share of the variance; None without an interval.
     """
 
     change: float
@@ -35,8 +35,8 @@ class Paired:
     seed_share: float | None
 
     def needed(self, half_width: float) -> tuple[int, int] | None:
-        """About how many seeds and conversations would bring the half-width down to that; None
-        without an interval. Both parts of the variance are brought down alike."""
+        """About how many seeds and conversations an interval of that half-width takes, both raised
+        alike; None without an interval."""
         if self.half_width is None:
             return None
         times = (self.half_width / half_width) ** 2
@@ -48,13 +48,24 @@ class Paired:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
+def student(level: float, freedom: float) -> float:
+    """Half the width of Student's t interval, in standard errors.
+
+    Raises:
+        ValueError: a level that is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: got {level}; accepted: above 0 and under 1, such as 0.95")
+    return float(stats.t.ppf((1 + level) / 2, freedom))
+
+
 def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.95) -> Paired:
     """Compare runs seed by seed and conversation by conversation.
 
-    Both vary by chance: another seed would train another model, other conversations would judge it
-    otherwise. The mean over both has the variance of the seeds' means plus that of the
-    conversations' (each holds a share of what they vary by together, which is thus counted twice:
-    the interval errs on the wide side). Student's t, degrees of freedom by Satterthwaite.
+    Both vary by chance: another seed trains another model, other conversations score it
+    differently. The mean over both has the variance of the seeds' means plus that of the
+    conversations' (each contains a share of their interaction, which is thus counted twice: the
+    interval errs on the wide side). Student's t, degrees of freedom by Satterthwaite.
 
     Args:
         first, second: as many runs of the one as of the other, one per seed, with the same seeds
@@ -75,7 +86,7 @@ def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.9
     for runs in pairs:
         for run in runs:
             if [one["tokens"] for one in run] != tokens.tolist():
-                raise ValueError("first, second: judged on different held-out conversations")
+                raise ValueError("first, second: scored on different held-out conversations")
     if len(tokens) == 0:
         raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
@@ -123,7 +134,7 @@ def crossed(
         if variance > 0
         else 1.0
     )
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+    half = student(level, freedom) * math.sqrt(variance)
     return mean, mean - half, mean + half, over_seeds / variance if variance > 0 else None
 
 
@@ -139,5 +150,24 @@ def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | N
     centre = float(array.mean())
     if array.size == 1:
         return centre, None, None
-    half = float(stats.t.ppf((1 + level) / 2, array.size - 1)) * float(stats.sem(array))
+    half = student(level, array.size - 1) * float(stats.sem(array))
     return centre, centre - half, centre + half
+
+
+def jackknife(
+    value: float, without: Sequence[float | None], level: float = 0.95
+) -> tuple[float | None, float | None]:
+    """Interval of an estimate from the estimates that leave out one cluster each: Student's t, one
+    degree of freedom less than clusters.
+
+    Returns:
+        Low and high end; None with fewer than two clusters, or where the estimate does not exist
+        (None in `without`) once one of them is left out.
+    """
+    left = [one for one in without if one is not None]
+    count = len(without)
+    if count < 2 or len(left) < count:
+        return None, None
+    variance = (count - 1) / count * sum((one - value) ** 2 for one in left)
+    half = student(level, count - 1) * math.sqrt(variance)
+    return value - half, value + half

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from cvfp.analysis import intervals, prediction, scaling, stopping
+from cvfp.analysis import intervals, prediction, rules, scaling, stopping
 from cvfp.analysis.claims import Measurement
-from cvfp.experiment import Result, Results
 from cvfp.gap import AS_LEFT, Gap
+from cvfp.result import Result, Results
 
-# What the sentences of claims.py ask of the runs: conversations (C10), tokens of the largest size
+# What the sentences of claims.toml ask of the runs: conversations (C10), tokens of the largest size
 # over those of the smallest (C19), tokens of a timed stream and what counts as equal there (C3).
 C10_SIZE, C19_RATIO, C3_TOKENS, C3_ERROR = 500, 8, 10_000, 1e-4
 
@@ -32,7 +31,7 @@ class Source:
     Args:
         notebook: its file name, without the ending.
         one: any of its runs, all of the same corpus, tokeniser and device.
-        parameters: the notebook's; those left at None are not kept.
+        parameters: the notebook's; those left at None are left out.
     """
 
     def __init__(self, notebook: str, one: Result, **parameters: Any) -> None:
@@ -61,19 +60,21 @@ def contexts(
 ) -> dict[str, Measurement]:
     """C2 and C3, from one `Gap` and one table of `gap.times` a seed."""
     cosines = [float(one.agreement.cosine_mean[AS_LEFT]) for one in gaps]
-    found = {"C2": source.over(cosines, len(gaps), f"mean over {gaps[0].tokens:,} training tokens")}
+    claims = {
+        "C2": source.over(cosines, len(gaps), f"mean over {gaps[0].tokens:,} training tokens")
+    }
     rows = [frame[frame.sequential.notna() & (frame.tokens >= C3_TOKENS)] for frame in timed]
     if rows and all(len(frame) for frame in rows):
         last = [frame.iloc[-1] for frame in rows]
         ratios = [float(row.sequential / row.blocks) for row in last]
         worst = max(float(row.difference) for row in last)
-        # Quick and wrong is no method.
+        # A fast method that is wrong does not count.
         if worst <= C3_ERROR:
             words = (
                 f"{last[0].tokens:,.0f} tokens in blocks; largest relative difference {worst:.0e}"
             )
-            found["C3"] = source.over(ratios, len(ratios), words)
-    return found
+            claims["C3"] = source.over(ratios, len(ratios), words)
+    return claims
 
 
 def ladder(
@@ -86,9 +87,9 @@ def ladder(
     """
     seeds = _by_seed(results)
     sizes = sorted({result.experiment.samples for result in results})
-    found = {}
+    claims = {}
     if len(sizes) > 1:
-        found["C6"] = _alpha(results, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+        claims["C6"] = _alpha(results, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
     if len(sizes) >= 5:
         errors, changes = [], []
         for runs in seeds.values():
@@ -96,23 +97,23 @@ def ladder(
             errors.append(float(left.error["power"]))
             alphas = scaling.windows(*scaling.points(runs)).alpha
             changes.append(float(alphas.iloc[-1] - alphas.iloc[0]))
-        found["C7"] = source.over(
+        claims["C7"] = source.over(
             errors, len(seeds), f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
         )
-        found["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
+        claims["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
     epochs = {seed: runs[0] for seed, runs in _by_seed(fixed).items()}
     if epochs and all(one.experiment.samples >= C10_SIZE for one in epochs.values()):
         gains = []
         for run in epochs.values():
-            kept = stopping.replay(run, [1, 3]).val_ppl
-            gains.append(float(kept[3] / kept[1] - 1))
+            ppl = stopping.replay(run, [1, 3]).val_ppl
+            gains.append(float(ppl[3] / ppl[1] - 1))
         size = next(iter(epochs.values())).experiment.samples
-        found["C10"] = source.over(gains, len(gains), f"{size} conversations")
+        claims["C10"] = source.over(gains, len(gains), f"{size} conversations")
     first, last = (next(iter(seeds.values()))[place].train_tokens for place in (0, -1))
     if last >= C19_RATIO * first:
         changes = [100 * (runs[-1].ranks[1] - runs[0].ranks[1]) for runs in seeds.values()]
-        found["C19"] = source.over(changes, len(seeds), f"{first:,} to {last:,} tokens")
-    return found
+        claims["C19"] = source.over(changes, len(seeds), f"{first:,} to {last:,} tokens")
+    return claims
 
 
 def designs(
@@ -121,7 +122,7 @@ def designs(
     """C1 and C4, from ladders of the two designs with the same sizes and seeds."""
     ours, theirs = _largest(every), _largest(decrease)
     pair = intervals.paired(ours, theirs)
-    found = {
+    claims = {
         "C1": source.measured(
             1 + pair.change,
             None if pair.low is None else 1 + pair.low,
@@ -132,8 +133,8 @@ def designs(
     }
     sizes = sorted({result.experiment.samples for result in decrease})
     if len(sizes) > 1:
-        found["C4"] = _alpha(decrease, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
-    return found
+        claims["C4"] = _alpha(decrease, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+    return claims
 
 
 def shapes(
@@ -141,7 +142,7 @@ def shapes(
 ) -> dict[str, Measurement]:
     """C8 from ladders of two shapes with the same sizes and seeds, C9 from runs at a learning rate
     of 0.002 that stopped at no epoch but the last."""
-    found = {}
+    claims = {}
     theirs = _by_seed(deep)
     slopes = [
         scaling.fit(*scaling.points(runs)).alpha - scaling.fit(*scaling.points(theirs[seed])).alpha
@@ -150,19 +151,19 @@ def shapes(
     ]
     if slopes:
         sizes = sorted({result.experiment.samples for result in wide})
-        found["C8"] = source.over(
+        claims["C8"] = source.over(
             slopes, len(slopes), f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
         )
     rises = [[stopping.rise(run) for run in runs] for runs in _by_seed(overfit).values()]
     known = [[one for one in seed if one is not None] for seed in rises]
     if known and all(len(a) == len(b) for a, b in zip(known, rises, strict=True)):
         size = overfit[0].experiment.samples
-        found["C9"] = source.over(
+        claims["C9"] = source.over(
             [float(np.mean(seed)) for seed in known],
             len(known),
             f"{size} conversations, mean of both shapes",
         )
-    return found
+    return claims
 
 
 def matrix(results: Results) -> pd.DataFrame:
@@ -192,9 +193,10 @@ def matrix(results: Results) -> pd.DataFrame:
 def configurations(results: Results, source: Source) -> dict[str, Measurement]:
     """C5, C11-C14 and C16-C18, from a matrix of configurations, all at the same sizes and seeds.
 
-    Two diversity weights of one shape give nearly the same run: counted as two they would narrow
-    every interval by chance alone. Shapes (all fields but the weight) are what is counted, the
-    weights of a shape averaged; only C11, which is about the weight, is over configurations.
+    Two diversity weights of one shape give nearly the same run: as two samples they would narrow
+    every interval without new evidence. The samples are therefore shapes (all fields but the
+    weight), averaged over their weights; only C11, which is about the weight, is over
+    configurations.
     """
     table = matrix(results)
     merged = Results(
@@ -202,54 +204,53 @@ def configurations(results: Results, source: Source) -> dict[str, Measurement]:
     )
     frame, shapes = merged.frame(), matrix(merged)
     seeds, count = int(frame.seed.nunique()), f"{len(shapes)} shapes"
-    found: dict[str, Measurement] = {}
+    claims: dict[str, Measurement] = {}
     if len(shapes) > 3:
         both = prediction.correlation(shapes.er, shapes.over_size)
-        found["C5"] = source.measured(both.r, both.low, both.high, seeds, count)
+        claims["C5"] = source.measured(both.r, both.low, both.high, seeds, count)
         if len(set(frame.samples)) > 1:
             ends = prediction.by_configuration(frame)
             both = prediction.correlation(ends.alpha, ends.val_er)
-            found["C12"] = source.measured(both.r, both.low, both.high, seeds, count)
+            claims["C12"] = source.measured(both.r, both.low, both.high, seeds, count)
     for id, field, column, rows, what in (
         ("C11", "dist_reg_weight", "er", table[table.converges], "configurations that converge"),
         ("C13", "num_input_tokens", "over_size", shapes, "shapes"),
         ("C14", "context_dim", "er", shapes[shapes.converges], "shapes that converge"),
     ):
-        made = effect(rows, field, column)
-        if made is None:
+        measured = effect(rows, field, column)
+        if measured is None:
             continue
-        words, value, low, high = made
+        words, value, low, high = measured
         if column == "over_size":
             value = math.expm1(value)
             low, high = (None if end is None else math.expm1(end) for end in (low, high))
-        found[id] = source.measured(value, low, high, seeds, words.format(what))
+        claims[id] = source.measured(value, low, high, seeds, words.format(what))
     gain = prediction.what_er_adds(frame)
-    found["C16"] = source.measured(gain.gain, gain.low, gain.high, seeds, count)
-    found["C17"] = source.over(shapes.er_gap.tolist(), seeds, count)
-    scores = prediction.score(merged)
-    rule = scores[scores.rule == prediction.JUDGED[0]].to_dict("records")[0]
+    claims["C16"] = source.measured(gain.gain, gain.low, gain.high, seeds, count)
+    claims["C17"] = source.over(shapes.er_gap.tolist(), seeds, count)
+    scores = rules.score(merged)
+    rule = scores[scores.rule == rules.CRITERIA[0]].to_dict("records")[0]
     if rule["called"]:
         low, high = (None if pd.isna(rule[end]) else float(rule[end]) for end in ("low", "high"))
-        if low == high:  # right or wrong every time: a jackknife sees no chance in it
+        if low == high:  # right or wrong every time: the jackknife's variance is 0
             low = high = None
         words = f"{rule['called']} calls, {count}"
-        found["C18"] = source.measured(float(rule["excess"]), low, high, seeds, words)
-    return found
+        claims["C18"] = source.measured(float(rule["excess"]), low, high, seeds, words)
+    return claims
 
 
 def effect(
     table: pd.DataFrame, field: str, column: str
 ) -> tuple[str, float, float | None, float | None] | None:
-    """What a field's largest value does against its least, the other fields held.
+    """Main effect of a field: its largest value against its least, the other fields equal.
 
-    Paired over the configurations that are there with both values and are otherwise equal
-    (Student's t over the pairs). A fraction of a design may hold no such pair: then least squares
-    on the field and on every other field that varies, as categories, their interactions counting
-    as scatter.
+    Paired over the configurations that exist with both values and are otherwise equal (Student's t
+    over the pairs). A fractional design may have no such pair: then least squares on the field and
+    on every other field that varies, as categories; interactions count as residuals.
 
     Returns:
-        What it is over in words, with {} where what is paired is named; effect, low, high (None
-        without a degree of freedom left). None where the rows do not determine the effect.
+        What it is over, in words with {} for what is paired; effect, low, high (None without a
+        degree of freedom left). None where the rows do not determine the effect.
     """
     levels = sorted(table[field].unique())
     if len(levels) < 2:
@@ -276,22 +277,19 @@ def _additive(
     values = rows[column].to_numpy(float)
     inverse = np.linalg.pinv(design, rcond=1e-10)
     solved = inverse @ values
-    found, freedom = float(solved[0]), len(rows) - rank
+    change, freedom = float(solved[0]), len(rows) - rank
     words = f"{len(rows)} {{}}, no two of which differ in this alone"
     if freedom == 0:
-        return words, found, None, None
+        return words, change, None, None
     variance = float(((values - design @ solved) ** 2).sum()) / freedom
-    half = (
-        float(stats.t.ppf((1 + level) / 2, freedom))
-        * math.sqrt(variance)
-        * float(np.linalg.norm(inverse[0]))
-    )
-    return words, found, found - half, found + half
+    error = math.sqrt(variance) * float(np.linalg.norm(inverse[0]))
+    half = intervals.student(level, freedom) * error
+    return words, change, change - half, change + half
 
 
 def _alpha(results: Sequence[Result], source: Source, words: str) -> Measurement:
-    found = scaling.over_runs(results)
-    return source.measured(found.alpha, found.low, found.high, found.seeds, words)
+    law = scaling.over_runs(results)
+    return source.measured(law.alpha, law.low, law.high, law.seeds, words)
 
 
 def _largest(results: Sequence[Result]) -> list[Result]:

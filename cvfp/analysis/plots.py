@@ -21,9 +21,9 @@ from matplotlib.ticker import (
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
-from cvfp.analysis.scaling import PowerLaw
-from cvfp.experiment import Result
+from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.gap import AS_LEFT, CAUSES, Gap
+from cvfp.result import Result
 
 # Okabe & Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
@@ -41,20 +41,35 @@ BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
     "kneser_ney_both": dict(color=PINK, marker="^", label="… fitting + training"),
     "trigram_both": dict(color=RED, marker="v", label="Kneser–Ney trigram, fitting + training"),
 }
-EXTRAPOLATION = (1e6, 5e6, 1e7)
 
 
-def _style() -> None:
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    _style()
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     figure, axes = plt.subplots(
         1, columns, figsize=(width, height), squeeze=False, layout="constrained", dpi=90
     )
     plt.close(figure)  # shown once, as the cell's value
     return figure, list(axes[0])
+
+
+def _points(axes: Axes, x: Any, y: Any, color: str, marker: str = "o", **style: Any) -> None:
+    axes.plot(x, y, color=color, marker=marker, linestyle="", **style)
+
+
+def _annotate(
+    axes: Axes, text: str, at: tuple[Any, Any], offset: tuple[float, float], color: str = "black"
+) -> None:
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", color=color, fontsize=8)
+
+
+def _against_tokens(axes: Axes) -> None:
+    """Perplexity against training tokens, both logarithmic."""
+    axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    _plain_log(axes.yaxis)
 
 
 def phase1(result: Result) -> Figure:
@@ -67,21 +82,10 @@ def phase1(result: Result) -> Figure:
     )
     left.plot(history.iteration, history.change_p50, color=BLUE, marker="o", markersize=4)
     left.axhline(threshold, color=RED, linestyle="--")
-    middle = history.iteration.iloc[len(history) // 2]
-    left.annotate(
-        "median token",
-        (middle, history.change_p50.iloc[len(history) // 2]),
-        xytext=(8, 6),
-        textcoords="offset points",
-        color=BLUE,
-    )
-    left.annotate(
-        f"converged below {threshold:g}",
-        (history.iteration.iloc[0], threshold),
-        xytext=(0, -14),
-        textcoords="offset points",
-        color=RED,
-    )
+    middle = history.iloc[len(history) // 2]
+    _annotate(left, "median token", (middle.iteration, middle.change_p50), (8, 6), BLUE)
+    start = (history.iteration.iloc[0], threshold)
+    _annotate(left, f"converged below {threshold:g}", start, (0, -14), RED)
     left.set(
         yscale="log",
         xlabel="iteration",
@@ -122,7 +126,7 @@ def spectrum(result: Result) -> Figure:
 
 
 def phase2(result: Result) -> Figure:
-    """Phase 2's curves, with the baselines that the perplexity has to be read against."""
+    """Phase 2's curves, with the baselines that the perplexity is compared with."""
     history = pd.DataFrame(result.phase2_history)
     figure, (axes,) = _figure(1, 7, 3.8)
     axes.plot(
@@ -130,15 +134,7 @@ def phase2(result: Result) -> Figure:
     )
     axes.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", label="validation")
     best = history[history.epoch == result.best_epoch].iloc[0]
-    axes.plot(
-        best.epoch,
-        best.val_ppl,
-        marker="*",
-        markersize=15,
-        color=RED,
-        linestyle="",
-        label="best epoch",
-    )
+    _points(axes, best.epoch, best.val_ppl, RED, "*", markersize=15, label="best epoch")
     for name, style in BASELINE_STYLE.items():
         values = result.baselines[name]
         if values is not None:
@@ -146,7 +142,7 @@ def phase2(result: Result) -> Figure:
     axes.set(yscale="log", xlabel="epoch", ylabel="perplexity", title="Phase 2")
     axes.set_xticks(history.epoch)
     _plain_log(axes.yaxis)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(**BESIDE)
     return figure
 
 
@@ -161,15 +157,7 @@ def scaling(
     panels = 1 if published is None else 2
     figure, axes = _figure(panels, 5.2 * panels, 4.6)
     left = axes[0]
-    left.plot(
-        frame.train_tokens,
-        frame.val_ppl,
-        color=BLUE,
-        marker="o",
-        linestyle="",
-        label="CVFP, measured",
-        zorder=3,
-    )
+    _points(left, frame.train_tokens, frame.val_ppl, BLUE, label="CVFP, measured", zorder=3)
     _law(left, law, frame.train_tokens, BLUE)
     for name, style in BASELINE_STYLE.items():
         column = frame.get(f"{name}_ppl")
@@ -179,23 +167,13 @@ def scaling(
     left.set_title("Measured here")
     if published is not None and published_law is not None:
         right = axes[1]
-        right.plot(
-            published.tokens,
-            published.val_ppl,
-            color=GREY,
-            marker="o",
-            linestyle="",
-            label="published (note 002)",
-            zorder=3,
+        _points(
+            right, published.tokens, published.val_ppl, GREY, label="published (note 002)", zorder=3
         )
         _law(right, published_law, published.tokens, GREY)
         right.set_title("Published: other corpus and tokeniser")
     for one in axes:
-        one.set(
-            xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity"
-        )
-        one.xaxis.set_major_formatter(FuncFormatter(_tokens))
-        _plain_log(one.yaxis)
+        _against_tokens(one)
         one.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
     return figure
 
@@ -209,15 +187,8 @@ def _law(axes: Axes, law: PowerLaw, tokens: Sequence[float] | pd.Series, color: 
     if beyond:
         outside = np.geomspace(high, beyond[-1], 50)
         axes.plot(outside, law.predict(outside), color=color, linestyle=":")
-        axes.plot(
-            beyond,
-            law.predict(beyond),
-            color=color,
-            marker="o",
-            fillstyle="none",
-            linestyle="",
-            label="extrapolated, not measured",
-        )
+        label = "extrapolated, not measured"
+        _points(axes, beyond, law.predict(beyond), color, fillstyle="none", label=label)
 
 
 def _tokens(value: float, _: int) -> str:
@@ -235,7 +206,7 @@ def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
     """Parallel against exact contexts: cosine along the stream, and the error by cause.
 
     Args:
-        published: the note's table of positions, drawn beside where given.
+        published: the note's table of positions, drawn beside; None: nothing beside.
     """
     figure, (left, right) = _figure(2, 10.5, 4.2)
     along = gap.along
@@ -244,14 +215,8 @@ def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
     left.plot(along.position, mean, color=BLUE, label="measured: mean; band up to the worst")
     if published is not None:
         places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
-        left.plot(
-            [places[name] for name in published.position],
-            1 - published.cosine,
-            color=RED,
-            marker="D",
-            linestyle="",
-            label="published: first, middle, last 100",
-        )
+        label = "published: first, middle, last 100"
+        _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
     left.set(
         xscale="log",
         yscale="log",
@@ -292,14 +257,8 @@ def forgetting(gap: Gap) -> Figure:
     left.axhline(0.01, color=RED, linestyle=":", label="1 %")
     if memory is not None:
         left.axvline(memory, color=RED, linestyle=":")
-        left.annotate(
-            f"memory length {memory} tokens",
-            (memory, left.get_ylim()[1]),
-            xytext=(5, -14),
-            textcoords="offset points",
-            color=RED,
-            fontsize=8,
-        )
+        top = (memory, left.get_ylim()[1])
+        _annotate(left, f"memory length {memory} tokens", top, (5, -14), RED)
     left.set(
         yscale="log",
         xlabel="window: tokens since the context was zero",
@@ -307,30 +266,16 @@ def forgetting(gap: Gap) -> Figure:
         title="What a window of k tokens misses",
     )
     left.legend(fontsize=8)
-    right.plot(
-        windows.tokens,
-        windows.residual,
-        color=ORANGE,
-        label="sweeps from zeros: largest change of a sweep",
-    )
-    right.plot(
-        gap.clean.sweep,
-        gap.clean.relative_error_mean,
-        color=BLUE,
-        linestyle="--",
-        label="clean sweeps from Phase 1's contexts: mean error",
-    )
+    label = "sweeps from zeros: largest change of a sweep"
+    right.plot(windows.tokens, windows.residual, color=ORANGE, label=label)
+    label = "clean sweeps from Phase 1's contexts: mean error"
+    right.plot(gap.clean.sweep, gap.clean.relative_error_mean, "--", color=BLUE, label=label)
     blocks = [residual["relative"] for residual in gap.exact.residuals]
-    right.plot(
-        range(1, len(blocks) + 1),
-        blocks,
-        color=GREEN,
-        marker="D",
-        label="blocks: largest change of a start",
-    )
+    label = "blocks: largest change of a start"
+    right.plot(range(1, len(blocks) + 1), blocks, color=GREEN, marker="D", label=label)
     right.set(
         yscale="log",
-        ylim=(None, 300),  # room for the legend
+        ylim=(None, 300),  # the legend is above the curves
         xlabel="sweep",
         ylabel="relative residual or error",
         title="Convergence",
@@ -345,7 +290,7 @@ def times(frame: pd.DataFrame) -> Figure:
     for column, color, marker, label in (
         ("sequential", RED, "s", "step by step (exact)"),
         ("blocks", BLUE, "o", "blocks (exact)"),
-        ("shifted", GREEN, "^", "one shifted pass over given contexts (published)"),
+        ("shifted", GREEN, "^", "one shifted pass over previous contexts (published)"),
     ):
         rows = frame[frame[column].notna()]
         axes.plot(rows.tokens, rows[column], color=color, marker=marker, label=label)
@@ -361,21 +306,9 @@ def by_seed(frame: pd.DataFrame, field: str, labels: Mapping[str, str]) -> Figur
     places = {value: place for place, value in enumerate(labels)}
     for seed, rows in frame.groupby("seed"):
         rows = rows.set_index(field).loc[list(labels)]
-        axes.plot(
-            [places[value] for value in rows.index],
-            rows.val_ppl,
-            color=GREY,
-            marker="o",
-            linewidth=1,
-            label=f"seed {seed}",
-        )
-        axes.annotate(
-            f"{seed}",
-            (len(labels) - 1, rows.val_ppl.iloc[-1]),
-            xytext=(8, -3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        style: dict[str, Any] = dict(color=GREY, marker="o", linewidth=1)
+        axes.plot(rows.index.map(places), rows.val_ppl, label=f"seed {seed}", **style)
+        _annotate(axes, f"{seed}", (len(labels) - 1, rows.val_ppl.iloc[-1]), (8, -3))
     axes.set_xticks(list(places.values()), list(labels.values()))
     axes.set(
         xlim=(-0.4, len(labels) - 0.6),
@@ -396,18 +329,10 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
             patiences, (RED, ORANGE, GREEN, PINK), "sDov", (10, 14, 18, 22), strict=False
         ):
             row = table.loc[patience]
-            # Hollow, one around the other: they may keep the same epoch.
-            one.plot(
-                row.best_epoch,
-                row.val_ppl,
-                color=color,
-                marker=marker,
-                markersize=size,
-                markeredgewidth=2,
-                fillstyle="none",
-                linestyle="",
-                label=f"kept with patience {patience}",
-            )
+            # Hollow, one around the other: they may choose the same epoch.
+            hollow: dict[str, Any] = dict(markersize=size, markeredgewidth=2, fillstyle="none")
+            label = f"chosen with patience {patience}"
+            _points(one, row.best_epoch, row.val_ppl, color, marker, label=label, **hollow)
         one.set(
             xlabel="epoch",
             ylabel="validation perplexity",
@@ -421,9 +346,7 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
 def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
     """Perplexity against tokens with every form of law, drawn on to ten times the data."""
     figure, (axes,) = _figure(1, 6.8, 4.2)
-    axes.plot(
-        frame.train_tokens, frame.val_ppl, color=GREY, marker="o", linestyle="", label="measured"
-    )
+    _points(axes, frame.train_tokens, frame.val_ppl, GREY, label="measured")
     low, high = float(frame.train_tokens.min()), float(frame.train_tokens.max())
     along = np.geomspace(low, 10 * high, 100)
     for (name, law), color, line in zip(
@@ -431,16 +354,8 @@ def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
     ):
         axes.plot(along, law.predict(along), color=color, linestyle=line, label=name)
     axes.axvspan(high, 10 * high, color=GREY, alpha=0.12)
-    axes.annotate(
-        "beyond the data",
-        (high, axes.get_ylim()[0]),
-        xytext=(6, 6),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
-    _plain_log(axes.yaxis)
+    _against_tokens(axes)
+    _annotate(axes, "beyond the data", (high, axes.get_ylim()[0]), (6, 6))
     axes.legend(fontsize=8)
     return figure
 
@@ -457,17 +372,12 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
         names.items(), (BLUE, RED, GREEN, ORANGE), "osD^", strict=False
     ):
         rows = frame[np.logical_and.reduce([frame[k] == v for k, v in fields.items()])]
-        grouped = rows.groupby("samples")
-        tokens = grouped.train_tokens.first()
-        axes[0].plot(tokens, grouped.val_ppl.mean(), color=color, label=name)
-        axes[0].plot(rows.train_tokens, rows.val_ppl, color=color, marker=marker, linestyle="")
-        if rank:
-            axes[1].plot(tokens, 100 * grouped.val_er.mean(), color=color, label=name)
-            axes[1].plot(
-                rows.train_tokens, 100 * rows.val_er, color=color, marker=marker, linestyle=""
-            )
-    axes[0].set(xscale="log", yscale="log", ylabel="validation perplexity", title="Perplexity")
-    _plain_log(axes[0].yaxis)
+        means = rows.groupby("samples")[["train_tokens", "val_ppl", "val_er"]].mean()
+        for one, column, scale in zip(axes, ("val_ppl", "val_er"), (1, 100), strict=False):
+            one.plot(means.train_tokens, scale * means[column], color=color, label=name)
+            _points(one, rows.train_tokens, scale * rows[column], color, marker)
+    _against_tokens(axes[0])
+    axes[0].set_title("Perplexity")
     if rank:
         axes[1].set(xscale="log", ylabel="effective rank, % of D", title="Effective rank")
     for one in axes:
@@ -491,7 +401,7 @@ def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
     axes.plot([], [], color=GREY, linestyle=":", label="training (while learning)")
     axes.set(yscale="log", xlabel="epoch", ylabel="perplexity", title="Phase 2 by learning rate")
     _plain_log(axes.yaxis)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(**BESIDE)
     return figure
 
 
@@ -520,17 +430,10 @@ def correlations(matrix: pd.DataFrame) -> Figure:
 def alpha_rank(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """α against effective rank, one point a configuration: measured, and published."""
     figure, (left, right) = _figure(2, 10, 4)
-    left.errorbar(
-        100 * measured.val_er,
-        measured.alpha,
-        yerr=measured.alpha_error,
-        color=BLUE,
-        marker="o",
-        linestyle="",
-        ecolor=SKY,
-    )
+    rank, errors = 100 * measured.val_er, measured.alpha_error
+    left.errorbar(rank, measured.alpha, yerr=errors, color=BLUE, ecolor=SKY, fmt="o")
     left.set_title("Measured here (bars: standard error)")
-    right.plot(published.val_er, published.alpha, color=RED, marker="D", linestyle="")
+    _points(right, published.val_er, published.alpha, RED, "D")
     right.set_title("Published (note 004)")
     for one in (left, right):
         one.set(xlabel="effective rank of held-out contexts, % of D", ylabel="α")
@@ -541,15 +444,15 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
     """Perplexity of every kind of run against CVFP's at every size, with paired intervals, and of
     the models that only count; ordered as at the largest size."""
     sizes = compare.sizes(groups)
-    found = {size: _changes(groups, size) for size in sizes}
-    # The best are to be seen, however far ahead.
-    nearest = min(-0.4, *(one[0] - 0.05 for kinds in found.values() for one in kinds.values()))
-    order = sorted(found[sizes[-1]], key=lambda kind: found[sizes[-1]][kind][0])
+    changes = {size: _changes(groups, size) for size in sizes}
+    # The best are to be seen, however far under CVFP.
+    nearest = min(-0.4, *(one[0] - 0.05 for kinds in changes.values() for one in kinds.values()))
+    order = sorted(changes[sizes[-1]], key=lambda kind: changes[sizes[-1]][kind][0])
     figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
     for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
         one.axvline(0, color=RED, linewidth=1.5)
         for place, kind in enumerate(order):
-            change, low, high = found[size][kind]
+            change, low, high = changes[size][kind]
             # What is far worse is not what the figure is about.
             if change > FAR:
                 one.annotate(f"{change:+.0%} →", (FAR, place), ha="right", va="center", fontsize=8)
@@ -586,14 +489,14 @@ def _changes(
     """Change of perplexity against CVFP's, with its interval; none for what only counts."""
     pairs = compare.against(groups, size)
     runs = compare.at(groups[compare.CVFP], size)
-    found: dict[str, tuple[float, float | None, float | None]] = {
+    changes: dict[str, tuple[float, float | None, float | None]] = {
         kind: (pair.change, pair.low, pair.high) for kind, pair in pairs.items()
     }
     for key, name in compare.COUNTED.items():
         line = runs[0].baselines[key]
         if line is not None:
-            found[name] = line["ppl"] / _ppl(runs) - 1, None, None
-    return found
+            changes[name] = line["ppl"] / _ppl(runs) - 1, None, None
+    return changes
 
 
 def _ppl(runs: Sequence[Result]) -> float:
@@ -616,18 +519,12 @@ def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) ->
         place = {low: number for number, low in enumerate(bins)}
         for kind, rows in frame.groupby("kind", sort=False):
             color, marker = _SHOWN[str(kind)]
-            one.plot(
-                [place[low] for low in rows.low],
-                rows.nats,
-                color=color,
-                marker=marker,
-                markersize=5,
-                label=kind,
-            )
+            places = rows.low.map(place)
+            one.plot(places, rows.nats, color=color, marker=marker, markersize=5, label=kind)
         one.axhline(0, color=GREY, linestyle=":")
         one.set_xticks(range(len(bins)), [_bin(low, bins) for low in bins], rotation=35, ha="right")
         one.set(title=title, xlabel=xlabel, ylabel="nats against zero contexts")
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[1].legend(**BESIDE)
     return figure
 
 
@@ -655,20 +552,12 @@ def rule_scores(scores: pd.DataFrame) -> Figure:
     figure, (axes,) = _figure(1, 8, 0.8 + 0.5 * max(1, len(rows)))
     places = np.arange(len(rows))
     axes.barh(places, rows.hit_rate.astype(float), color=SKY, height=0.55, label="rule")
-    axes.plot(
-        rows.base_rate.astype(float),
-        places,
-        color=RED,
-        marker="|",
-        markersize=18,
-        markeredgewidth=3,
-        linestyle="",
-        label="chance",
-    )
+    bar: dict[str, Any] = dict(markersize=18, markeredgewidth=3)
+    _points(axes, rows.base_rate.astype(float), places, RED, "|", label="chance", **bar)
     axes.set_yticks(places, rows.rule)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="right, of the runs it calls")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", visible=False)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(**BESIDE)
     return figure

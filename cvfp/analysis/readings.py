@@ -1,4 +1,4 @@
-"""What finished runs showed, in Markdown sentences made from their numbers."""
+"""What finished runs showed, in Markdown sentences written from their numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike
 from cvfp.analysis import comparison, intervals, prediction, scaling, stopping
 from cvfp.analysis.intervals import Paired, paired
 from cvfp.analysis.scaling import PowerLaw
-from cvfp.experiment import Result, Results
 from cvfp.gap import AS_LEFT, CAUSES, Gap
+from cvfp.result import Result, Results
 
-# The lines that a perplexity has to be read against, the unigram aside (it is far above).
+# The baselines that a perplexity is compared with, but for the unigram (it is far above).
 RIVALS = {
     "kneser_ney": "a Kneser–Ney bigram of the same training tokens",
     "table": "the fitted table alone, as the bigram model it was fitted as, with no training token",
@@ -70,7 +70,7 @@ def quickstart(result: Result) -> str:
             f"directions by effective rank ({result.val_er:.1%}; training {result.train_er:.1%}).",
             f"**Phase 2** was best at epoch {result.best_epoch} of {last['epoch']:.0f} run: "
             f"accuracy {result.val_acc:.1%}, {result.val_bpb:.3f} bits per byte. The epoch is "
-            "chosen on the tokens it is judged on, as in the notes, which flatters it a little.",
+            "chosen on the tokens it is scored on, as in the notes, which flatters it a little.",
             against_baselines(result.val_ppl, lines),
         ]
     )
@@ -122,8 +122,8 @@ def ladder(frame: pd.DataFrame, law: PowerLaw) -> str:
             "**Against models without CVFP**, at the largest size. "
             + against_baselines(float(last.val_ppl), lines),
             "The table is fitted on conversations of its own, so that part of what CVFP predicts "
-            "it was given, as with GPT-2's table in the published runs; α and A depend on corpus, "
-            "tokeniser and table, and cannot be compared across them.",
+            "comes from them, as from GPT-2's table in the published runs; α and A depend on "
+            "corpus, tokeniser and table, and cannot be compared across them.",
         ]
     )
 
@@ -253,7 +253,7 @@ def shapes(
 
 def _side(low: float | None, high: float | None, better: str, worse: str) -> str:
     if low is None or high is None:
-        return "One seed: not judged."
+        return "One seed: no interval."
     if high < 0:
         return f"{better}, beyond chance."
     if low > 0:
@@ -292,7 +292,7 @@ def patience(results: Sequence[Result], first: int, second: int) -> str:
     )
     over = stopping.replay(results[0], [first]).val_ppl
     return (
-        f"**Patience (C10).** Patience {second} instead of {first} changes the perplexity kept by "
+        f"**Patience (C10).** Patience {second} instead of {first} changes the perplexity by "
         f"{middle:+.1%} ({within}); it found a better epoch in {gained} of {len(changes)} runs. "
         f"Without a choice of epoch, the last one is "
         f"{over['none, last kept'] / over['none, best kept'] - 1:+.1%} over the best (first seed)."
@@ -300,10 +300,10 @@ def patience(results: Sequence[Result], first: int, second: int) -> str:
 
 
 def predictions(results: Results, scores: pd.DataFrame) -> str:
-    """What Phase 1's measures foretold of Phase 2's perplexity, in Markdown.
+    """How well Phase 1's measures predict Phase 2's perplexity, in Markdown.
 
     Args:
-        scores: `prediction.score` of the same runs.
+        scores: `rules.score` of the same runs.
     """
     frame = results.frame()
     gain, table = prediction.what_er_adds(frame), prediction.by_configuration(frame)
@@ -354,7 +354,7 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
 
 
 def controls(groups: Mapping[str, Sequence[Result]]) -> str:
-    """What each part of CVFP adds, and who is ahead, in Markdown.
+    """What each part of CVFP adds, and what is better than CVFP, in Markdown.
 
     Args:
         groups: runs by the kinds of `comparison.KINDS`, all at the same sizes and seeds.
@@ -378,7 +378,7 @@ def controls(groups: Mapping[str, Sequence[Result]]) -> str:
         else f"The interval's half-width is {trained.half_width:.1%}; 1 % would take about "
         f"{more[0]} seeds and {more[1]} conversations."
     )
-    ahead = [kind for kind, pair in pairs.items() if pair.high is not None and pair.high < 0]
+    better = [kind for kind, pair in pairs.items() if pair.high is not None and pair.high < 0]
     level = [
         kind
         for kind, pair in pairs.items()
@@ -406,8 +406,8 @@ def controls(groups: Mapping[str, Sequence[Result]]) -> str:
             + "; a random one that stays as it is "
             + change(pairs[comparison.RANDOM_TABLE])
             + ".",
-            f"**Ahead of CVFP, beyond chance**: {', '.join(ahead) or 'none'}; not told from it: "
-            f"{', '.join(level) or 'none'}. Of the models that only count, lower than CVFP's "
+            f"**Better than CVFP, beyond chance**: {', '.join(better) or 'none'}; not told from "
+            f"it: {', '.join(level) or 'none'}. Of the models that only count, lower than CVFP's "
             f"{ppl:.1f}: {', '.join(counted) or 'none'}.",
         ]
     )

@@ -1,7 +1,7 @@
 """Scaling laws: perplexity against training tokens, with or without a floor.
 
-The intervals of a fit take every point's log perplexity to scatter independently and alike; those
-of `over_runs` take the seeds and the held-out conversations as what varies.
+The intervals of a fit assume independent residuals of log perplexity with equal variance; those of
+`over_runs` are over seeds and held-out conversations.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from cvfp.analysis.intervals import crossed
-from cvfp.experiment import Result
+from cvfp.analysis.intervals import crossed, student
+from cvfp.result import Result
 
 Array = NDArray[np.float64]
 Values = float | Array
@@ -28,13 +28,15 @@ FORMS = {
     "ppl": "power law above a floor, PPL = P∞ + A · tokens^−a",
     "loss": "power law of the loss above a floor, ln PPL = E + B · tokens^−β",
 }
+# Training tokens at which note 002 extrapolates.
+EXTRAPOLATION = (1e6, 5e6, 1e7)
 SIZES_NEEDED = {"power": 2, "ppl": 3, "loss": 3}
 
 # The exponents that a saturating form may take: from almost none to 8-fold per doubling.
 EXPONENTS = (1e-3, 3.0)
-# Residuals of log PPL well under this count by their square, those well over it by their size.
+# Scale of the soft L1 loss: residuals of log PPL over it count by their size, not their square.
 ROBUST = 0.1
-# How far the log of a curve's value is searched for the end of its interval.
+# How far from its best value the log of a curve's value is searched for the end of its interval.
 WIDEST = 50.0
 
 
@@ -69,13 +71,13 @@ class _Law(ABC):
     ) -> tuple[Values, Values] | None:
         """Confidence interval of the perplexity at `tokens` (a number or an array).
 
-        It takes the form for granted: beyond the data it is too narrow if the form is wrong.
+        It assumes the form: beyond the data it is too narrow if the form is wrong.
 
         Args:
             new: of what one new run would measure, not of the curve.
 
         Returns:
-            Low and high end; None where the points leave no residual to judge by.
+            Low and high end; None where as many parameters as points leave no residual.
         """
         ends = self._log_interval(np.asarray(tokens, dtype=np.float64), level, new)
         return None if ends is None else (_values(ends[0]), _values(ends[1]))
@@ -93,7 +95,7 @@ class PowerLaw(_Law):
         alpha: slope in log-log; negative where more data helps.
         A: perplexity extrapolated to one token.
         r2: share of the variance of log PPL that the line explains; None for two points, through
-            which every line passes.
+            which every line passes, and where there is no variance.
         alpha_error: standard error of alpha; None for two points.
         points: number of measurements fitted.
         low, high: least and most tokens fitted.
@@ -118,11 +120,6 @@ class PowerLaw(_Law):
         """Relative change of perplexity when the tokens double: 2^alpha − 1."""
         return float(2**self.alpha - 1)
 
-    def per_doubling_interval(self, level: float = 0.95) -> tuple[float, float] | None:
-        """Confidence interval of `per_doubling`; None for two points."""
-        ends = self.interval(level)
-        return None if ends is None else (2 ** ends[0] - 1, 2 ** ends[1] - 1)
-
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Confidence interval of alpha by Student's t; None for two points (no residual).
 
@@ -131,7 +128,7 @@ class PowerLaw(_Law):
         """
         if self.alpha_error is None:
             return None
-        half = _student(level, self.points - 2) * self.alpha_error
+        half = student(level, self.points - 2) * self.alpha_error
         return self.alpha - half, self.alpha + half
 
     def _log_ppl(self, tokens: Array) -> Array:
@@ -141,7 +138,7 @@ class PowerLaw(_Law):
         if self.residual is None:
             return None
         variance = 1 / self.points + (np.log(tokens) - self.centre) ** 2 / self.spread + new
-        half = _student(level, self.points - 2) * self.residual * np.sqrt(variance)
+        half = student(level, self.points - 2) * self.residual * np.sqrt(variance)
         middle = self._log_ppl(tokens)
         return middle - half, middle + half
 
@@ -156,19 +153,21 @@ def fit(tokens: ArrayLike, ppl: ArrayLike) -> PowerLaw:
         ValueError: fewer than two different token counts, or numbers that have no logarithm.
     """
     x, y = _checked(tokens, ppl, SIZES_NEEDED["power"])
-    logs = np.log(x)
-    line = stats.linregress(logs, np.log(y))
-    enough = len(x) > 2
+    logs, log_ppl = np.log(x), np.log(y)
+    line = stats.linregress(logs, log_ppl)
     spread = float(((logs - logs.mean()) ** 2).sum())
+    enough, flat = len(x) > 2, np.ptp(log_ppl) == 0
+    # Of a flat ladder scipy's r is 0 / 0, and with it the error, which is 0.
+    error = 0.0 if flat else float(line.stderr)
     return PowerLaw(
         alpha=float(line.slope),
         A=float(np.exp(line.intercept)),
-        r2=float(line.rvalue**2) if enough else None,
-        alpha_error=float(line.stderr) if enough else None,
+        r2=float(line.rvalue**2) if enough and not flat else None,
+        alpha_error=error if enough else None,
         points=len(x),
         low=float(x.min()),
         high=float(x.max()),
-        residual=float(line.stderr) * math.sqrt(spread) if enough else None,
+        residual=error * math.sqrt(spread) if enough else None,
         centre=float(logs.mean()),
         spread=spread,
     )
@@ -188,12 +187,6 @@ def _checked(tokens: ArrayLike, ppl: ArrayLike, sizes: int) -> tuple[Array, Arra
     return x, y
 
 
-def _student(level: float, freedom: int) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level: got {level}; accepted: above 0 and under 1, such as 0.95")
-    return float(stats.t.ppf((1 + level) / 2, freedom))
-
-
 @dataclass(frozen=True)
 class Saturating(_Law):
     """A power law that comes down to a floor: of perplexity, or of its logarithm.
@@ -203,9 +196,9 @@ class Saturating(_Law):
 
     Attributes:
         form: "ppl" or "loss".
-        floor: what more data tends to; not under 0.
+        floor: the limit for ever more data, of PPL or of ln PPL; not under 0.
         scale: height above the floor, extrapolated to one token; not under 0.
-        exponent: how fast the floor is neared; positive, within `EXPONENTS`.
+        exponent: decay of that height with tokens; positive, within `EXPONENTS`.
         r2: share of the variance of log PPL that the curve explains; None for three points, which
             leave three parameters no residual, and where there is no variance.
         points: number of measurements fitted.
@@ -229,7 +222,7 @@ class Saturating(_Law):
 
     @property
     def limit(self) -> float:
-        """Perplexity that more data tends to."""
+        """Perplexity in the limit of ever more data."""
         return self.floor if self.form == "ppl" else math.exp(self.floor)
 
     def interval(self, level: float = 0.95) -> tuple[float | None, float | None] | None:
@@ -328,7 +321,7 @@ class Saturating(_Law):
         freedom = self.points - 3
         if freedom < 1:
             return None
-        return self.cost * (1 + _student(level, freedom) ** 2 / freedom)
+        return self.cost * (1 + student(level, freedom) ** 2 / freedom)
 
 
 def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
@@ -406,13 +399,13 @@ def _least(
             by /= (floor + height * power)[:, None]
         return np.asarray(by @ by_p)
 
-    found = [
+    fits = [
         optimize.least_squares(
             residuals, start, jacobian, bounds, x_scale="jac", loss="soft_l1", f_scale=ROBUST
         )
         for start in starts
     ]
-    best = min(found, key=lambda one: one.cost)
+    best = min(fits, key=lambda one: one.cost)
     return float(best.cost), best.x
 
 
@@ -443,12 +436,12 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> dict[str, PowerLaw | Saturating]
     Raises:
         ValueError: as `fit`.
     """
-    made: dict[str, PowerLaw | Saturating] = {"power": fit(tokens, ppl)}
+    fits: dict[str, PowerLaw | Saturating] = {"power": fit(tokens, ppl)}
     sizes = len(np.unique(np.asarray(tokens)))
     for form in ("ppl", "loss"):
         if sizes >= SIZES_NEEDED[form]:
-            made[form] = saturating(tokens, ppl, form)
-    return made
+            fits[form] = saturating(tokens, ppl, form)
+    return fits
 
 
 def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
@@ -470,15 +463,15 @@ def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     actual = float(y[~rest].mean())
     rows: list[dict[str, object]] = []
     for form, needed in SIZES_NEEDED.items():
-        predicted = laws[form].predict(float(x.max())) if form in laws else None
+        predicted = laws[form].predict(float(x.max())) if form in laws else math.nan
         rows.append(
             {
                 "form": form,
-                "predicted": math.nan if predicted is None else predicted,
+                "predicted": predicted,
                 "actual": actual,
-                "error": math.nan if predicted is None else predicted / actual - 1,
+                "error": predicted / actual - 1,
                 "doublings": float(np.log2(x.max() / x[rest].max())),
-                "reason": f"needs {needed} sizes, {sizes} remain" if predicted is None else None,
+                "reason": None if form in laws else f"needs {needed} sizes, {sizes} remain",
             }
         )
     frame = pd.DataFrame(rows)
@@ -562,11 +555,11 @@ def crossover(first: PowerLaw, second: PowerLaw, level: float = 0.95) -> Crossov
     slope = first.alpha - second.alpha
     height = math.log(first.A) - math.log(second.A)
     freedom = first.points + second.points - 4
-    quantile = _student(level, max(freedom, 1))
-    judged = None if first.residual is None or second.residual is None else level
+    quantile = student(level, max(freedom, 1))
+    known = None if first.residual is None or second.residual is None else level
     # As a number of tokens, e^700 is as good as never.
     if math.isclose(first.alpha, second.alpha, rel_tol=1e-9) or abs(height / slope) > 700:
-        return Crossover(None, None, None, False, judged)
+        return Crossover(None, None, None, False, known)
     middle = -height / slope
     tokens = math.exp(middle)
     low = high = None
@@ -586,35 +579,11 @@ def crossover(first: PowerLaw, second: PowerLaw, level: float = 0.95) -> Crossov
                 _possible(middle + (scatter * tilt + way * root) / leading) for way in (-1, 1)
             )
     inside = max(first.low, second.low) <= tokens <= min(first.high, second.high)
-    return Crossover(tokens, low, high, inside, judged)
+    return Crossover(tokens, low, high, inside, known)
 
 
 def _possible(log_tokens: float) -> float | None:
     return math.exp(log_tokens) if 0 <= log_tokens < 700 else None
-
-
-def aicc(law: PowerLaw | Saturating, tokens: ArrayLike, ppl: ArrayLike) -> float:
-    """Akaike's criterion, corrected for few points, of a fit's residuals of log PPL; lower is
-    better, among forms fitted to the same points (Hurvich and Tsai, 1989).
-
-    Args:
-        tokens, ppl: the points that `law` was fitted to.
-
-    Raises:
-        ValueError: no more than k + 2 points, where k counts the parameters and the variance: the
-            correction divides by points − k − 1, which has to be more than one.
-    """
-    x, y = _checked(tokens, ppl, 2)
-    count, k = len(x), 3 if isinstance(law, PowerLaw) else 4
-    if count <= k + 2:
-        raise ValueError(
-            f"tokens, ppl: got {count} points; accepted: at least {k + 3} for a form of "
-            f"{k - 1} parameters"
-        )
-    squares = _squares(law, x, y)
-    if squares == 0:
-        return -math.inf
-    return count * math.log(squares / count) + 2 * k + 2 * k * (k + 1) / (count - k - 1)
 
 
 def _squares(law: PowerLaw | Saturating, tokens: Array, ppl: Array) -> float:
@@ -623,8 +592,8 @@ def _squares(law: PowerLaw | Saturating, tokens: Array, ppl: Array) -> float:
 
 def points(results: Sequence[Result]) -> tuple[list[float], list[float]]:
     """Training tokens and perplexity of every run that has one: what `scaling.fit` takes."""
-    kept = [(float(r.train_tokens), r.val_ppl) for r in results if r.val_ppl is not None]
-    return [tokens for tokens, _ in kept], [ppl for _, ppl in kept]
+    there = [(float(r.train_tokens), r.val_ppl) for r in results if r.val_ppl is not None]
+    return [tokens for tokens, _ in there], [ppl for _, ppl in there]
 
 
 @dataclass(frozen=True)
@@ -651,17 +620,17 @@ def over_runs(results: Sequence[Result], level: float = 0.95) -> AlphaOverRuns:
     """The exponent of runs at several sizes, every size with the same seeds.
 
     Each seed's alpha is linear in its log perplexities, hence in the nats of each held-out
-    conversation: seeds and conversations vary it as they vary a difference of runs, and its
-    interval is that of `intervals.paired`. What a straight line misses is no part of it.
+    conversation, so that `intervals.crossed` applies. That a power law may be the wrong form is no
+    part of the interval.
 
     Args:
-        results: one run per size (`samples`) and seed, all judged on the same conversations.
+        results: one run per size (`samples`) and seed, all scored on the same conversations.
 
     Raises:
         ValueError: sizes and seeds are no full grid of at least two sizes, or the conversations
             are none or differ.
     """
-    _student(level, 1)
+    student(level, 1)  # refuses a bad level before anything else
     grid = {(one.experiment.samples, one.experiment.seed): one for one in results}
     sizes = sorted({size for size, _ in grid})
     seeds = sorted({seed for _, seed in grid})

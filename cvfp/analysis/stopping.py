@@ -1,4 +1,4 @@
-"""Early stopping replayed: what a Phase 2 with another patience would have kept (claim C10)."""
+"""Early stopping replayed: which epoch a Phase 2 with another patience would choose (claim C10)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cvfp.experiment import Result
+from cvfp.result import Result
 
 
 def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
-    """The epoch that each patience would have kept, from the curve of one run.
+    """The epoch that each patience would have chosen, from the curve of one run.
 
-    Patience changes only where the run ends, so a run of enough epochs holds all shorter ones.
+    Patience changes only where the run ends, so a run of enough epochs contains all shorter ones.
 
     Returns:
         Indexed by patience: stopped (epochs run), best_epoch, val_ppl, val_acc. Where the run did
@@ -26,12 +26,12 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
     history = result.phase2_history
     rows: dict[int | str, dict[str, float]] = {}
     for patience in patiences:
-        best = history[0]
+        chosen = history[0]
         stopped = history[-1]
         for row in history[1:]:
-            if row["val_loss"] < best["val_loss"]:
-                best = row
-            elif row["epoch"] - best["epoch"] >= patience:
+            if row["val_loss"] < chosen["val_loss"]:
+                chosen = row
+            elif row["epoch"] - chosen["epoch"] >= patience:
                 stopped = row
                 break
         else:
@@ -40,28 +40,32 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
                     f"patiences: got {patience}, and the run stopped at epoch {len(history)} of "
                     f"{result.experiment.phase2_epochs}; accepted: a run that went on"
                 )
-        rows[patience] = _row(stopped, best)
+        rows[patience] = _row(stopped, chosen)
     if len(history) == result.experiment.phase2_epochs:
-        best = min(history, key=lambda row: row["val_loss"])
-        rows["none, best kept"] = _row(history[-1], best)
+        rows["none, best kept"] = _row(history[-1], best(result))
         rows["none, last kept"] = _row(history[-1], history[-1])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("patience")
+
+
+def best(result: Result) -> dict[str, float]:
+    """The epoch with the lowest validation loss."""
+    return min(result.phase2_history, key=lambda row: row["val_loss"])
 
 
 def rise(result: Result) -> float | None:
     """Relative rise of validation perplexity from the best epoch to two epochs later; None where
     Phase 2 did not go on for two."""
-    history = result.phase2_history
-    best = min(range(len(history)), key=lambda place: history[place]["val_loss"])
-    if best + 2 >= len(history):
-        return None
-    return math.expm1(history[best + 2]["val_loss"] - history[best]["val_loss"])
+    lowest = best(result)
+    for row in result.phase2_history:
+        if row["epoch"] == lowest["epoch"] + 2:
+            return math.expm1(row["val_loss"] - lowest["val_loss"])
+    return None
 
 
-def _row(stopped: dict[str, float], best: dict[str, float]) -> dict[str, float]:
+def _row(stopped: dict[str, float], chosen: dict[str, float]) -> dict[str, float]:
     return {
         "stopped": int(stopped["epoch"]),
-        "best_epoch": int(best["epoch"]),
-        "val_ppl": best["val_ppl"],
-        "val_acc": best["val_acc"],
+        "best_epoch": int(chosen["epoch"]),
+        "val_ppl": chosen["val_ppl"],
+        "val_acc": chosen["val_acc"],
     }

@@ -11,15 +11,14 @@ from torch import Tensor
 class Adam:
     """Adam (Kingma and Ba 2015) with torch's defaults: betas 0.9 and 0.999, eps 1e-8.
 
-    Args:
-        parameters: all on one device. What has no gradient stays.
+    One kernel for all parameters, and one step counter on their device, so that a CUDA graph can
+    record it. A parameter without a gradient is left as it is.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
-        # One count for all: that of each would be an operation of its own on a CPU.
         self.count = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
 
     def zero_grad(self) -> None:
@@ -28,9 +27,9 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters by their gradients."""
-        given = zip(self.parameters, self.means, self.squares, strict=True)
-        moved = [(p, p.grad, m, s) for p, m, s in given if p.grad is not None]
+        """Move the parameters along their gradients."""
+        state = zip(self.parameters, self.means, self.squares, strict=True)
+        moved = [(p, p.grad, m, s) for p, m, s in state if p.grad is not None]
         if not moved:
             return
         self.count += 1

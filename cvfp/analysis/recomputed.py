@@ -1,0 +1,262 @@
+"""The claims' figures once more, from the notes' own tables in `published` alone.
+
+Shares and relative changes are fractions, effective rank is in percent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from cvfp.analysis import prediction, published, scaling
+from cvfp.analysis.scaling import PowerLaw
+
+
+def figures(id: str) -> dict[str, float]:
+    """What the notes' tables give for a claim, by the names in its `Claim.recomputed`."""
+    compute = globals()[f"_{id.lower()}"]  # the functions below, one a claim
+    return {name: float(value) for name, value in compute().items()}
+
+
+def _law(table: pd.DataFrame) -> PowerLaw:
+    return scaling.fit(table.tokens, table.val_ppl)
+
+
+def _configurations() -> pd.DataFrame:
+    """Note 004's eight configurations: settings, alpha, Val ER and PPL at the largest size."""
+    settings = published.table("004_configs").drop(columns="alpha")
+    return published.table("004_summary").merge(settings, on="config", validate="1:1")
+
+
+def _c1() -> dict[str, float]:
+    designs = published.table("002_designs").set_index("design")
+    ours, theirs = designs.loc["token input in every layer"], designs.loc["equal-decrease"]
+    ratio = published.table("002_scaling").val_ppl / published.table("001_scaling").val_ppl
+    return {
+        "ppl_change": ours.val_ppl / theirs.val_ppl - 1,
+        "accuracy_change": ours.val_acc / theirs.val_acc - 1,
+        "er_ratio": ours.val_er / theirs.val_er,
+        "ppl_change_least": ratio.max() - 1,
+        "ppl_change_most": ratio.min() - 1,
+    }
+
+
+def _c2() -> dict[str, float]:
+    whole = published.table("000_agreement").set_index("metric").value
+    positions = published.table("000_positions")
+    mse = np.append(positions.mse, whole["mse"])
+    cosine = np.append(positions.cosine, whole["cosine_mean"])
+    return {
+        # LayerNorm leaves every context with a squared norm of D.
+        "cosine_from_mse": 1 - whole["mse"] / 2,
+        "largest_mismatch": np.abs(1 - mse / 2 - cosine).max(),
+        "root_mse": math.sqrt(whole["mse"]),
+    }
+
+
+def _c3() -> dict[str, float]:
+    return {}
+
+
+def _c4() -> dict[str, float]:
+    return _ladder("001_scaling")
+
+
+def _ladder(name: str) -> dict[str, float]:
+    law = _law(published.table(name))
+    assert law.r2 is not None
+    return {"alpha": law.alpha, "r2": law.r2, "A": law.A, "per_doubling": law.per_doubling}
+
+
+def _c5() -> dict[str, float]:
+    found: dict[str, float] = {}
+    for design, name in (("equal_decrease", "001_scaling"), ("every_layer", "002_scaling")):
+        table = published.table(name)
+        both = prediction.correlation(table.val_er, table.val_ppl)
+        found[f"r_{design}"], found[f"p_{design}"] = both.r, both.p
+        # What log tokens explain is taken out of both.
+        logs = np.log(table.tokens)
+        er, ppl = (
+            values - np.polyval(np.polyfit(logs, values, 1), logs)
+            for values in (table.val_er, np.log(table.val_ppl))
+        )
+        found[f"partial_r_{design}"] = prediction.correlation(er, ppl).r
+    return found
+
+
+def _c6() -> dict[str, float]:
+    ladder = _ladder("002_scaling")
+    return ladder | {"A_published_ratio": 195_000 / ladder["A"]}
+
+
+def _c7() -> dict[str, float]:
+    law = _law(published.table("002_scaling"))
+    found = {f"ppl_{t}m": law.predict(t * 1e6) for t in (1, 5, 10)}
+    for name in ("002_scaling", "001_scaling", "004_window_sizes"):
+        table = published.table(name)
+        largest = table.iloc[-1]
+        predicted = _law(table[:-1]).predict(largest.tokens)
+        found[f"error_{name[:3]}"] = predicted / largest.val_ppl - 1
+    return found
+
+
+def _c8() -> dict[str, float]:
+    table = published.table("003_results")
+    deep, wide = (_law(runs) for _, runs in table.groupby("experiment", sort=True))
+    return {
+        "alpha_deep": deep.alpha,
+        "alpha_wide": wide.alpha,
+        "A_deep": deep.A,
+        "A_wide": wide.A,
+        "crossover": math.exp(math.log(deep.A / wide.A) / (wide.alpha - deep.alpha)),
+        "per_doubling_deep": deep.per_doubling,
+        "per_doubling_wide": wide.per_doubling,
+    }
+
+
+def _c9() -> dict[str, float]:
+    return {
+        f"rise_{row['experiment']}_{row['samples']}": row["epoch4_val_ppl"] / row["epoch2_val_ppl"]
+        - 1
+        for row in published.table("003_overfitting").to_dict("records")
+    }
+
+
+def _c10() -> dict[str, float]:
+    found: dict[str, float] = {}
+    gained: list[float] = []
+    for samples, epochs in published.table("002_epochs").groupby("samples"):
+        best, after = epochs.iloc[-2], epochs.iloc[-1]
+        found[f"best_{samples}"], found[f"next_{samples}"] = best.val_ppl, after.val_ppl
+        found[f"change_{samples}"] = after.val_ppl / best.val_ppl - 1
+        gained.append(after.val_acc - best.val_acc)
+    return found | {"accuracy_gain_least": min(gained), "accuracy_gain_most": max(gained)}
+
+
+def _c11() -> dict[str, float]:
+    runs = _configurations()
+    before, after = (runs[runs.version == version] for version in ("v1", "v2"))
+    pairs = before.merge(after, on="context_dim", validate="1:1")  # w 0.8 and 0.9
+    er = pairs.best_val_er_y - pairs.best_val_er_x
+    alpha = pairs.alpha_y - pairs.alpha_x
+    return {
+        "er_least": er.min(),
+        "er_most": er.max(),
+        "alpha_least": alpha.min(),
+        "alpha_most": alpha.max(),
+        "pairs": len(pairs),
+    }
+
+
+def _c12() -> dict[str, float]:
+    runs = _configurations()
+    both = prediction.correlation(runs.alpha, runs.best_val_er)
+    return {"r": both.r, "p": both.p, "configurations": len(runs)}
+
+
+def _c13() -> dict[str, float]:
+    sizes = published.table("004_window_sizes")
+    one, two = published.table("004_input_tokens").val_ppl
+    er_one, er_two = published.table("004_input_tokens").val_er
+    # Note 002 cut a tenth of the same 500 samples off for validation; note 004 held samples out.
+    tokens = published.table("002_scaling").tokens.max() / 0.9
+    same = math.exp(np.interp(math.log(tokens), np.log(sizes.tokens), np.log(sizes.val_ppl)))
+    return {
+        "tokens": tokens,
+        "ppl_two_same_tokens": same,
+        "change_same_tokens": same / one - 1,
+        "change_published": two / one - 1,
+        "er_change": er_two - er_one,
+    }
+
+
+def _c14() -> dict[str, float]:
+    runs = _configurations()
+    runs = runs[runs.num_input_tokens == 1]
+    return dict(
+        zip(runs.version + "_" + runs.context_dim.astype(str), runs.best_val_er, strict=True)
+    )
+
+
+def _c15() -> dict[str, float]:
+    sizes = published.table("004_window_sizes")
+    first, last = _law(sizes[sizes.in_window_1]), _law(sizes[sizes.in_window_2])
+    assert first.alpha_error is not None
+    assert last.alpha_error is not None
+    return {
+        "alpha_first": first.alpha,
+        "alpha_last": last.alpha,
+        "change": last.alpha - first.alpha,
+        "error_first": first.alpha_error,
+        "error_last": last.alpha_error,
+    }
+
+
+def _c16() -> dict[str, float]:
+    runs = _configurations()
+    er, ppl = runs.best_val_er.to_numpy(), runs.best_val_ppl.to_numpy()
+    both = prediction.correlation(er, ppl)
+    errors = np.abs((500 - 4 * er) / ppl - 1)
+    line, mean = _left_out(er, ppl)
+    return {
+        "configurations": len(runs),
+        "more_samples": (runs.samples_high > 500).sum(),
+        "r": both.r,
+        "p": both.p,
+        "error_mean": errors.mean(),
+        "error_most": errors.max(),
+        "line_error": line,
+        "mean_error": mean,
+        "gain": mean - line,
+    }
+
+
+def _left_out(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean relative error of each y predicted from the others: by their line, by their mean."""
+    line, mean = [], []
+    for number in range(len(x)):
+        others = np.arange(len(x)) != number
+        fitted = stats.linregress(x[others], y[others])
+        line.append(abs((fitted.intercept + fitted.slope * x[number]) / y[number] - 1))
+        mean.append(abs(y[others].mean() / y[number] - 1))
+    return float(np.mean(line)), float(np.mean(mean))
+
+
+def _c17() -> dict[str, float]:
+    runs = published.table("004_configs")
+    others = [published.table(name) for name in ("001_scaling", "003_results")]
+    return {
+        # Ranges over the sizes: which ends belong together is not printed.
+        "gap_least": (runs.train_er_low - runs.val_er_high).min(),
+        "gap_most": (runs.train_er_high - runs.val_er_low).max(),
+        "gap_most_other_notes": max((table.train_er - table.val_er).max() for table in others),
+    }
+
+
+def _c18() -> dict[str, float]:
+    runs = _configurations()
+    runs = runs[runs.samples_high == 500]
+    bands = published.table("004_er_thresholds").set_index("verdict")
+    found = {}
+    for key, name in (("moderate", "moderate"), ("review", "needs review")):
+        inside = runs.best_val_er.between(bands.val_er_low[name], bands.val_er_high[name])
+        found[f"ppl_{key}"] = runs[inside].best_val_ppl.mean()
+    return found
+
+
+def _c19() -> dict[str, float]:
+    equal, every = published.table("001_scaling"), published.table("002_scaling")
+    v3 = published.table("004_window_sizes")
+    return {
+        "val_low": equal.val_er.min(),
+        "val_high": equal.val_er.max(),
+        "train_high": equal.train_er.max(),
+        "every_layer_first": every.val_er.iloc[0],
+        "every_layer_last": every.val_er.iloc[-1],
+        "v3_low": v3.val_er.min(),
+        "v3_high": v3.val_er.max(),
+    }

@@ -1,0 +1,267 @@
+"""Note 004's rules of thumb for a Phase 1, and how often they are right about the perplexity."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cvfp import abort as abort_rules
+from cvfp.analysis import intervals, prediction, published
+from cvfp.config import ParameterError
+from cvfp.result import Result
+
+Verdict = Literal["good", "medium", "poor"]
+CALLS: Mapping[Verdict, int] = {"good": 1, "medium": 0, "poor": -1}
+
+# Note 004's checklist, points of effective rank; the other thresholds are in its tables.
+GAP_GOOD, GAP_POOR = 2.0, 5.0
+CRITERIA = ("validation ER", "iterations", "train − validation ER gap")
+# The abort rules, and how `abort_rules.reason` begins to name each.
+ABORTS: Mapping[str, str] = {
+    f"ER < {100 * abort_rules.RANK:.0f} % at iteration {abort_rules.ITERATION}": "effective rank",
+    "convergence stalls": "converged tokens",
+    "loss does not fall": "loss",
+}
+ANY_ABORT = "any abort rule"
+PERMUTATIONS = 2000
+
+_RULES = (*CRITERIA, *ABORTS, ANY_ABORT)
+_RATES = ("hit_rate", "base_rate", "excess", "low", "high", "p")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What note 004's rules say of a run when its Phase 1 has ended.
+
+    Attributes:
+        er: of the effective rank of the validation contexts: good over 80 % of D, poor under 75 %.
+        iterations: of Phase 1's count: good up to 25, poor over 30. For a run that was cut off, the
+            count it reached.
+        gap: of training minus validation effective rank: good up to 2 points, poor from 5 on.
+        abort: why Phase 1 should have been given up (`abort_rules.reason`); None: go on.
+    """
+
+    er: Verdict
+    iterations: Verdict
+    gap: Verdict
+    abort: str | None
+
+    def words(self) -> str:
+        """The same in a sentence."""
+        end = "no reason to give up" if self.abort is None else f"give up: {self.abort}"
+        return f"effective rank {self.er}, iterations {self.iterations}, gap {self.gap}; {end}"
+
+
+def verdicts(result: Result) -> Verdicts:
+    """Apply note 004's rules; the thresholds are those of its tables and checklist.
+
+    Raises:
+        ValueError: an effective rank that is no fraction of D, or a run without a Phase 1.
+    """
+    for name, value in zip(("train_er", "val_er"), result.ranks, strict=True):
+        if not 0 < value <= 1:
+            raise ParameterError(name, value, "a fraction of D, above 0, up to 1")
+    rank_good, rank_poor, quick, slow = _thresholds()
+    # Rounded, for 0.85 - 0.80 is a little under 5 points.
+    train_er, val_er = result.ranks
+    rank = round(100 * val_er, 6)
+    gap = round(100 * (train_er - val_er), 6)
+    count, _ = result.phase1_end
+    return Verdicts(
+        er=_verdict(rank > rank_good, rank < rank_poor),
+        iterations=_verdict(count <= quick, count > slow),
+        gap=_verdict(gap <= GAP_GOOD, gap >= GAP_POOR),
+        abort=abort_rules.reason(result.phase1_history),
+    )
+
+
+@functools.cache
+def _thresholds() -> tuple[float, float, float, float]:
+    """Effective rank (percent) above which a run is good, under which poor; iterations up to which
+    it is good, over which poor."""
+    rank = published.table("004_er_thresholds").set_index("verdict")
+    count = published.table("004_iteration_thresholds").set_index("verdict").iterations_high
+    return (
+        float(rank.val_er_low["good"]),
+        float(rank.val_er_high["needs review"]),
+        float(count["optimal"]),
+        float(count["ordinary"]),
+    )
+
+
+def _verdict(good: bool, poor: bool) -> Verdict:
+    return "good" if good else "poor" if poor else "medium"
+
+
+def score(results: Sequence[Result]) -> pd.DataFrame:
+    """Score note 004's rules: do they tell better runs from worse?
+
+    A run is better or worse by its perplexity, against the median of the runs with as many
+    training tokens; one at the median is neither and does not count, nor does a run that was given
+    up, which has no perplexity. A rule is right about a run that it calls good and that is better,
+    or that it calls poor and that is worse; "medium" is no call. An abort rule has one call,
+    poor: it is right where the run that it would have given up turned out worse. Not to give up
+    is no call (but the remark says how many better runs it would have cost).
+
+    Args:
+        results: one corpus, one tokeniser; runs that went on whatever the abort rules said.
+
+    Returns:
+        One row a rule. called (runs with an outcome that it calls good or poor), right, hit_rate
+        (right / called), base_rate (hit rate expected if, within each size, as many calls of each
+        kind fell on the runs at random), excess (hit_rate − base_rate), low, high (its 95 %
+        interval: a jackknife over configurations), p (two-sided permutation test: configurations,
+        each with all its runs, change places within the sizes, 2,000 times), remark. Missing:
+        undefined. Where a rule is right or wrong every time the interval may have no width: then
+        p says how much chance is in it.
+
+    Raises:
+        ValueError: no two runs of one size whose perplexities differ, or as `verdicts`.
+    """
+    runs = pd.DataFrame(
+        [
+            {
+                "configuration": prediction.label(result.experiment.to_dict()),
+                "tokens": result.train_tokens,
+                "ppl": result.val_ppl,
+                "reached": any(
+                    row["iteration"] == abort_rules.ITERATION for row in result.phase1_history
+                ),
+                **_calls(result),
+            }
+            for result in results
+            if result.aborted is None and result.val_ppl is not None
+        ],
+        columns=["configuration", "tokens", "ppl", "reached", *_RULES],
+    ).astype({"ppl": float})
+    outcomes = _outcomes(runs)
+    if not outcomes.any():
+        raise ParameterError(
+            "results",
+            f"{len(runs)} runs with a perplexity",
+            "two or more with the same training tokens and different perplexities",
+        )
+    # Medians are those of the configurations left.
+    without = [
+        _outcomes(runs.assign(ppl=runs.ppl.where(runs.configuration != label)))
+        for label in runs.configuration.unique()
+    ]
+    aside = [
+        (len(results) - len(runs), "given up, no perplexity"),
+        (int((outcomes == 0).sum()), "at the median of the size"),
+    ]
+    common = [f"{number} {words}" for number, words in aside if number]
+    rows = [
+        {
+            "rule": rule,
+            **_scored(runs, rule, outcomes, without),
+            "remark": "; ".join([*_remarks(runs, rule, outcomes), *common]),
+        }
+        for rule in _RULES
+    ]
+    return pd.DataFrame(rows).astype(dict.fromkeys(_RATES, float))
+
+
+def _outcomes(runs: pd.DataFrame) -> NDArray[np.float64]:
+    """1 where a run is better than the median of its size, -1 where worse, 0 where neither."""
+    median = runs.groupby("tokens").ppl.transform("median")
+    return np.nan_to_num(np.sign((median - runs.ppl).to_numpy(float)))
+
+
+def _calls(result: Result) -> dict[str, int]:
+    """Each rule's call: 1 good, -1 poor, 0 none."""
+    said = verdicts(result)
+    reasons = (said.abort or "").split("; ")
+    by_criterion = zip(CRITERIA, (said.er, said.iterations, said.gap), strict=True)
+    return {
+        **{rule: CALLS[verdict] for rule, verdict in by_criterion},
+        **{rule: -any(one.startswith(start) for one in reasons) for rule, start in ABORTS.items()},
+        ANY_ABORT: -int(said.abort is not None),
+    }
+
+
+def _scored(
+    runs: pd.DataFrame,
+    rule: str,
+    outcomes: NDArray[np.float64],
+    without: Sequence[NDArray[np.float64]],
+) -> dict[str, Any]:
+    calls, sizes = runs[rule].to_numpy(), pd.factorize(runs.tokens)[0]
+
+    def rates(outcomes: NDArray[np.float64]) -> tuple[float, float] | None:
+        """Hit rate and that of chance; None where the rule calls nothing."""
+        called = calls * outcomes != 0
+        if not called.any():
+            return None
+        # A call falls by chance on a better run as often as its size has better runs.
+        counted = np.bincount(sizes, outcomes != 0)
+        better = (np.bincount(sizes, outcomes > 0) / np.maximum(1, counted))[sizes]
+        chance = np.where(calls > 0, better, 1 - better)
+        return float((calls == outcomes)[called].mean()), float(chance[called].mean())
+
+    observed = rates(outcomes)
+    if observed is None:
+        return {"called": 0, "right": 0, **dict.fromkeys(_RATES)}
+    hit, base = observed
+    low = high = None
+    if len(set(calls[outcomes != 0])) > 1:
+        left = [rates(one) for one in without]
+        excesses = [None if r is None else r[0] - r[1] for r in left]
+        low, high = intervals.jackknife(hit - base, excesses)
+    return {
+        "called": int((calls * outcomes != 0).sum()),
+        "right": int((calls * outcomes > 0).sum()),
+        "hit_rate": hit,
+        "base_rate": base,
+        "excess": hit - base,
+        "low": low,
+        "high": high,
+        "p": _permuted(runs, rule, outcomes, hit, base),
+    }
+
+
+def _permuted(
+    runs: pd.DataFrame, rule: str, outcomes: NDArray[np.float64], hit: float, base: float
+) -> float:
+    """p of a permutation test: how often chance is as far from the base rate as the rule."""
+    number = runs.groupby(["configuration", "tokens"]).cumcount()
+    places = runs.groupby(["tokens", number]).ngroup()
+    labels, names = pd.factorize(runs.configuration)
+    calls, results = np.zeros((2, len(names), len(runs)))
+    calls[labels, places], results[labels, places] = runs[rule], outcomes
+    # [configurations, configurations]: calls of the one on outcomes of the other, right minus
+    # wrong, and how many.
+    margins, counts = calls @ results.T, np.abs(calls) @ np.abs(results).T
+    one = np.arange(len(names))
+    other = np.random.default_rng(0).permuted(np.tile(one, (PERMUTATIONS, 1)), axis=1)
+    margin, count = margins[one, other].sum(axis=1), counts[one, other].sum(axis=1)
+    rates = (1 + margin[count > 0] / count[count > 0]) / 2
+    far = np.abs(rates - base) >= abs(hit - base) - 1e-9
+    return float((1 + far.sum()) / (1 + len(rates)))
+
+
+def _remarks(runs: pd.DataFrame, rule: str, outcomes: NDArray[np.float64]) -> list[str]:
+    runs, outcomes = runs[outcomes != 0], outcomes[outcomes != 0]
+    said = []
+    kinds = set(runs[rule])
+    calls = [name for name, number in CALLS.items() if number and number in kinds]
+    if not calls:
+        said.append("calls no run good or poor")
+    elif len(kinds) == 1:
+        said.append(f"calls every run {calls[0]}: tells nothing apart")
+    elif len(calls) == 1:
+        said.append(f"calls only {calls[0]}")
+    if rule in (*ABORTS, ANY_ABORT):
+        better = runs[outcomes > 0]
+        said.append(
+            f"{int(runs.reached.sum())} of {len(runs)} runs reached iteration "
+            f"{abort_rules.ITERATION}; gives up {int((better[rule] < 0).sum())} of "
+            f"{len(better)} better runs"
+        )
+    return said

@@ -1,0 +1,383 @@
+"""Corpora as texts: a local file or folder, a hub dataset or the embedded corpus; their splits."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import reprlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cvfp import cache, hub
+from cvfp.config import Experiment, ParameterError
+
+CHITCHAT_HELD_OUT = 50
+CHITCHAT_FITTING = 500
+CHITCHAT_MIN_CHARACTERS = 250
+
+FITTED_TABLES = ("bigram", "ppmi")
+
+COLUMNS = ("messages", "text")  # read where no column is named
+# Rows after which a corpus with too few texts is refused, without reading all of it.
+LOOK = 1000
+
+Row = dict[str, Any] | str
+CorpusFormat = Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Conversations in the corpus's order, one text each.
+
+    Attributes:
+        skipped: rows without text among those read.
+    """
+
+    texts: list[str]
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples' texts by role; no text of `validation` occurs in the other two.
+
+    Attributes:
+        validation: empty with validation="tail".
+        fitting: empty where nothing is fitted.
+        skipped: rows without text among those read.
+    """
+
+    train: list[str]
+    validation: list[str]
+    fitting: list[str]
+    skipped: int = 0
+
+
+def read(
+    path: str | Path, column: str | None = None, corpus_format: CorpusFormat | None = None
+) -> Texts:
+    """All texts of a local file, or of the split 'train' of a local folder.
+
+    Args:
+        path: a file that ends in one of `READERS`, gzipped or not; or a folder of such files, laid
+            out like a hub dataset.
+        column: column that holds a text, or a list of messages with 'content', joined by a line
+            break; None: 'messages', else 'text'.
+        corpus_format: own function from one row to its conversation's text, or None where it has
+            none. A row is a dict of columns, or one line (a str) of a .txt file. Without it, a
+            .txt file is one text.
+
+    Raises:
+        ParameterError: a path, column or file that cannot be read, or more than a tenth of the
+            rows without text.
+    """
+    there = hub.local(str(path))
+    if there is None:
+        raise ParameterError("dataset", str(path), "a file or folder that exists")
+    own = _resolved(corpus_format)
+    rows = _local_rows(there, None, "train", "train_split", own)
+    return _first(list(_texts(rows, str(path), column, own)))
+
+
+def load_corpus(experiment: Experiment) -> Corpus:
+    """The texts of an Experiment's samples in their fixed order.
+
+    Raises:
+        ParameterError: a corpus that cannot be read, or holds fewer samples than asked for.
+    """
+    held_out = experiment.validation_samples if experiment.validation == "held_out" else 0
+    fits = experiment.tokenizer == "bpe" or experiment.embedding in FITTED_TABLES
+    fitted = experiment.fitting_samples if fits else 0
+    if experiment.dataset == "chitchat":
+        return _chitchat(experiment, held_out, fitted)
+    path = hub.local(experiment.dataset)
+    own_split = None if path is not None and path.is_file() else experiment.validation_split
+    first = _read(experiment, own_split or experiment.train_split, held_out)
+    _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
+    start = 0 if own_split else held_out
+    seen = set(first.texts)
+    wanted = fitted + experiment.samples
+    asked = start + wanted
+    while True:
+        train = _read(experiment, experiment.train_split, asked)
+        # A copy of a held-out conversation in training would be a leak.
+        rest = [text for text in train.texts[start:] if text not in seen][:wanted]
+        if len(rest) == wanted:
+            break
+        if len(train.texts) < asked:
+            name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
+            copies = max(0, len(train.texts) - start - len(rest))
+            there = len(rest) - used
+            _enough(name, getattr(experiment, name), there, experiment.dataset, copies)
+        asked += wanted - len(rest)
+    skipped = train.skipped + (first.skipped if own_split else 0)
+    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped)
+
+
+def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int = 0) -> None:
+    if there < wanted:
+        without = f" (without {copies} duplicates of held-out samples)" if copies else ""
+        raise ParameterError(
+            parameter, wanted, f"at most {there} with dataset {dataset!r}{without}"
+        )
+
+
+def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
+    """The embedded corpus: 50 held out, 500 to fit on, the rest to train on."""
+    for name in ("column", "dataset_config", "validation_split", "train_split"):
+        default = "train" if name == "train_split" else None
+        if (value := getattr(experiment, name)) != default:
+            raise ParameterError(name, value, f"{default!r} with dataset 'chitchat'")
+    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{_code()}"
+    texts = _first(_cached(key, _chitchat_texts)).texts
+    validation, rest = texts[:CHITCHAT_HELD_OUT], texts[CHITCHAT_HELD_OUT:]
+    fitting, train = rest[:CHITCHAT_FITTING], rest[CHITCHAT_FITTING:]
+    roles = dict(validation_samples=validation, fitting_samples=fitting, samples=train)
+    for name, there in roles.items():
+        _enough(name, getattr(experiment, name), len(there), "chitchat")
+    return Corpus(train[: experiment.samples], validation[:held_out], fitting[:fitted])
+
+
+def _chitchat_texts() -> Iterator[str]:
+    spec = importlib.util.find_spec("chitchat_dataset")
+    assert spec is not None
+    assert spec.origin is not None
+    text = Path(spec.origin).with_name("dataset.json").read_text(encoding="utf-8")
+    conversations: dict[str, Any] = json.loads(text)
+    # The order of the digests of the ids is fixed, and tied neither to time nor to length.
+    for name in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        turns = conversations[name]["messages"]
+        joined = "\n".join(" ".join(part["text"] for part in turn) for turn in turns)
+        if len(joined) >= CHITCHAT_MIN_CHARACTERS:
+            yield joined
+
+
+def _read(experiment: Experiment, split: str, count: int) -> Texts:
+    """The first `count` texts (or all there are) of one split, from the cache where they are.
+
+    Reading from the cache saves the import of `datasets`, which alone takes seconds.
+    """
+    if count == 0:
+        return Texts([], 0)
+    name, config = experiment.dataset, experiment.dataset_config
+    path = hub.local(name)
+    if path is None and (_suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
+        accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
+        raise ParameterError("dataset", name, accepted)
+    own = _resolved(None)  # of an Experiment: its field, and the function's source in the key
+    where = [name, config, split, experiment.column, _code()]
+    key = "local" if path is not None else name.replace("/", "--")
+    key += "-" + cache.digest(*where, hub.signature(path) if path is not None else None)
+
+    for file in sorted((cache.home() / "corpora").glob(f"{key}-*.parquet"), key=_asked):
+        texts = _first(_cached(file.stem), count)
+        # Fewer than were asked for when it was written: the split ends there.
+        if len(texts.texts) == count or len(texts.texts) < _asked(file):
+            return texts
+
+    parameter = "validation_split" if split == experiment.validation_split else "train_split"
+    if path is not None:
+        rows = _local_rows(path, config, split, parameter, own)
+    else:
+        hub.require_hub("dataset", name)
+        rows = hub.rows(name, config, split, parameter)
+    make = functools.partial(_texts, rows, name, experiment.column, own, count)
+    return _first(_cached(f"{key}-{count}", make), count)
+
+
+def _asked(file: Path) -> int:
+    """How many texts were asked for when a cached file was written."""
+    return int(file.stem.rsplit("-", 1)[1])
+
+
+def _cached(key: str, make: Callable[[], Iterable[str | None]] = tuple) -> list[str | None]:
+    """The texts under `key`, a row without text as None; `make` is called where they are not."""
+    path = cache.home() / "corpora" / f"{key}.parquet"
+    if not path.exists():
+        table = pa.table({"text": pa.array(list(make()), pa.string())})
+        with cache.whole(path) as temporary:
+            pq.write_table(table, temporary)
+    texts: list[str | None] = pq.ParquetFile(path).read(["text"]).column(0).to_pylist()
+    return texts
+
+
+def _first(rows: list[str | None], count: int | None = None) -> Texts:
+    """The first `count` texts, and how many of the rows up to the last of them have none."""
+    texts: list[str] = []
+    skipped = 0
+    for row in rows:
+        if len(texts) == count:
+            break
+        if row is None:
+            skipped += 1
+        else:
+            texts.append(row)
+    return Texts(texts, skipped)
+
+
+def _code() -> str:
+    return cache.code_fingerprint("corpora", "hub")
+
+
+def _resolved(corpus_format: CorpusFormat | None) -> CorpusFormat | None:
+    """THE PLACE FOR NAMES: a registered name or "module:function" becomes a function here."""
+    return corpus_format
+
+
+def _texts(
+    rows: Iterable[Row],
+    dataset: str,
+    column: str | None,
+    corpus_format: CorpusFormat | None,
+    count: int | None = None,
+) -> Iterator[str | None]:
+    """Each row's text, or None, until there are `count` texts.
+
+    Reading goes on while more than a tenth of the rows have none, and ends in a refusal at the
+    corpus's end or after `LOOK` rows: a few odd rows at its beginning are no reason for one.
+    """
+    read = skipped = 0
+    columns: dict[str, None] = {}
+    why = ""
+    for read, row in enumerate(rows, start=1):
+        text = _conversation(row, column) if corpus_format is None else corpus_format(row)
+        if text is not None and not isinstance(text, str):
+            accepted = f"a function from a row to text or None (row {read}: {type(text).__name__})"
+            raise ParameterError("corpus_format", corpus_format, accepted)
+        if not text or not text.strip():
+            text = None
+            skipped += 1
+            columns |= dict.fromkeys(map(str, row if isinstance(row, dict) else ()))
+            why = why or f"row {read}: {_reason(row, column)}"
+        yield text
+        if skipped * 10 > read:
+            if read >= LOOK:
+                break
+        elif count is not None and read - skipped >= count:
+            break
+    if not read:
+        raise ParameterError("dataset", dataset, "a corpus that is not empty")
+    if skipped * 10 <= read:
+        return
+    accepted = f"text in at least nine of ten rows ({skipped} of {read} have none; {why})"
+    if corpus_format is not None:
+        raise ParameterError("corpus_format", corpus_format, accepted)
+    if skipped == read and columns:
+        accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why})"
+        raise ParameterError("column", column, accepted)
+    raise ParameterError("dataset", dataset, accepted)
+
+
+def _conversation(row: Row, column: str | None) -> str:
+    """A row as one text: its messages' contents joined by a line break. Empty: it has none."""
+    value = row if isinstance(row, str) else row.get(_column(row, column))
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_content, value)))
+    return value if isinstance(value, str) else ""
+
+
+def _content(message: Any) -> str:
+    """What a message says; of a list of parts, those that are text."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def _column(row: dict[str, Any], column: str | None) -> str:
+    if column is not None:
+        return column
+    return next((name for name in COLUMNS if name in row), COLUMNS[-1])
+
+
+def _reason(row: Row, column: str | None) -> str:
+    """What a row without text has in its place."""
+    if isinstance(row, str):
+        return reprlib.repr(row)
+    name = _column(row, column)
+    return f"{name!r} is {reprlib.repr(row[name])}" if name in row else f"no {name!r}"
+
+
+def _local_rows(
+    path: Path, config: str | None, split: str, parameter: str, corpus_format: CorpusFormat | None
+) -> Iterator[Row]:
+    """Rows of a file, or of the files of one split of a folder."""
+    for file in hub.files(path, config, split, parameter) if path.is_dir() else [path]:
+        suffix = _suffix(file)
+        if suffix not in READERS:
+            raise ParameterError("dataset", str(file), f"one of {', '.join(READERS)}")
+        try:
+            if suffix == ".txt" and corpus_format is None:
+                yield "".join(text for _, text in _lines(file)).strip()
+            else:
+                yield from READERS[suffix](file)
+        except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
+            accepted = f"a file that can be read ({type(error).__name__}: {error})"
+            raise ParameterError("dataset", str(file), accepted) from error
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """A text file's lines with their numbers, split at line feeds alone: Unicode's other line ends
+    belong to the text."""
+    with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                accepted = f"UTF-8 (line {number}, byte {error.start + 1} is not)"
+                raise ParameterError("dataset", str(file), accepted) from error
+
+
+def _json(file: Path) -> Iterator[dict[str, Any]]:
+    """A JSON object on each line, or one list of them."""
+    lines = ((number, line.strip()) for number, line in _lines(file) if line.strip())
+    for number, line in lines:
+        if line.startswith("["):
+            line = "\n".join([line, *(rest for _, rest in lines)])
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            accepted = f"JSON (line {number}: {error})"
+            raise ParameterError("dataset", str(file), accepted) from error
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                accepted = f"JSON objects (line {number}: {reprlib.repr(row)})"
+                raise ParameterError("dataset", str(file), accepted)
+            yield row
+
+
+def _table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    return csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+# A reader for each ending, without .gz; what they yield goes through `_conversation` or a
+# `corpus_format`.
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": functools.partial(_table, delimiter=","),
+    ".tsv": functools.partial(_table, delimiter="\t"),
+    ".txt": lambda file: (line.rstrip("\r\n") for _, line in _lines(file) if line.strip()),
+    ".parquet": _parquet,
+}

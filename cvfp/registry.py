@@ -1,0 +1,206 @@
+"""Own parts by name: what an Experiment names and a researcher brings.
+
+A part is registered under a name by a decorator, or named as "module:function". Its source is part
+of a run's key, so that a changed part is another run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from cvfp import cache
+from cvfp.errors import ParameterError
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {"objective": {}}
+HISTORY = ("iteration", "loss", "change", "converged")
+RECEIVED: dict[tuple[str, str], str | None] = {}
+
+
+def _registering(kind: str, name: str) -> Callable[[Part], Part]:
+    def register(part: Part) -> Part:
+        known = PARTS[kind].get(name)
+        if known is not None and known.__module__.startswith("cvfp."):
+            raise ParameterError(kind, name, "a name that no built-in part has")
+        PARTS[kind][name] = part
+        return part
+
+    return register
+
+
+def objective(name: str) -> Callable[[Part], Part]:
+    """Register what Phase 1 minimises: a function (new, old, batch) -> (losses [K], figures), or an
+    nn.Module class made with (experiment, context_dim, embedding_dim)."""
+    return _registering("objective", name)
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """The part of that name.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    if name in PARTS[kind]:
+        return PARTS[kind][name]
+    module, _, attribute = name.partition(":")
+    if module and attribute:
+        try:
+            part = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ParameterError(kind, name, f"a module and a name in it ({error})") from error
+        if callable(part):
+            return part
+    near = difflib.get_close_matches(name, PARTS[kind], 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    names = " or ".join(map(repr, PARTS[kind]))
+    raise ParameterError(kind, name, f"{names}, or 'module:function'{hint}")
+
+
+def own() -> dict[tuple[str, str], tuple[Callable[..., Any], str | None]]:
+    """The registered parts of the caller's own, with their sources: what a worker is sent."""
+    return {
+        (kind, name): (part, source(kind, name))
+        for kind, parts in PARTS.items()
+        for name, part in parts.items()
+        if not str(getattr(part, "__module__", "")).startswith("cvfp.")
+    }
+
+
+def receive(parts: dict[tuple[str, str], tuple[Callable[..., Any], str | None]]) -> None:
+    """In a worker: the caller's parts, whose sources only the caller can read."""
+    for (kind, name), (part, digest) in parts.items():
+        PARTS[kind][name] = part
+        RECEIVED[kind, name] = digest
+
+
+def source(kind: str, name: str) -> str | None:
+    """A digest of an own part's code and of all that it names in its module or notebook: helpers,
+    constants, values closed over. Empty for a built-in part; None where some of it has no source or
+    cannot be told, so that the run cannot be found again."""
+    if (kind, name) in RECEIVED:
+        return RECEIVED[kind, name]
+    part = resolve(kind, name)
+    if str(getattr(part, "__module__", "")).startswith("cvfp."):
+        return ""
+    found: list[object] = []
+    try:
+        _collect(name, part, found, {})
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return cache.digest(*found)
+
+
+def _is_library(part: Any) -> bool:
+    """Code of this package, of the standard library, or installed: the versions stand for it."""
+    named = part.__name__ if isinstance(part, types.ModuleType) else getattr(part, "__module__", "")
+    root = str(named or "builtins").partition(".")[0]
+    if root == "__main__":
+        return False
+    file = str(getattr(sys.modules.get(root), "__file__", None) or "")
+    installed = "site-packages" in file or "dist-packages" in file
+    return root == "cvfp" or root in sys.stdlib_module_names or installed
+
+
+def _collect(name: str, value: Any, found: list[object], seen: dict[int, Any]) -> None:
+    """Append what `value` is, followed through the functions and classes that it names.
+
+    Raises:
+        OSError, TypeError: it has no source, or is of a kind that cannot be told.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype)):
+        found.append([name, repr(value)])
+    elif isinstance(value, Tensor):
+        found += [name, str(value.dtype), list(value.shape), value]
+    elif isinstance(value, (list, tuple, dict)):
+        found.append([name, type(value).__name__, len(value)])
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, one in pairs:
+            found.append(repr(key))
+            _collect(name, one, found, seen)
+    elif isinstance(value, types.BuiltinFunctionType):
+        found.append([name, str(value.__module__), value.__qualname__])
+    elif not isinstance(value, (type, types.FunctionType)):
+        raise TypeError(f"{name}: a {type(value).__name__} cannot be told")
+    elif _is_library(value):
+        found.append([name, value.__module__, value.__qualname__])
+    elif id(value) not in seen:
+        seen[id(value)] = value  # held, so that no other object gets its id
+        inspect.getsource(value)  # or there is none to be found again
+        if isinstance(value, types.FunctionType):
+            _collect_function(value, found, seen)
+            return
+        for base in value.__bases__:
+            _collect(name, base, found, seen)
+        for own_name, member in sorted(vars(value).items()):
+            member = getattr(member, "__func__", getattr(member, "fget", member))
+            if isinstance(member, types.FunctionType) or not own_name.startswith("__"):
+                _collect(own_name, member, found, seen)
+
+
+def _collect_function(function: types.FunctionType, found: list[object], seen: Any) -> None:
+    """Its bytecode and constants (the docstring aside), and what it names. The bytecode is what
+    runs: its text may have been edited since."""
+    codes, used = [function.__code__], dict(vars(function))
+    while codes:
+        code = codes.pop()
+        plain = [one for one in code.co_consts if not isinstance(one, types.CodeType)]
+        plain = [one for one in plain if one is not function.__doc__ or one is None]
+        found += [code.co_code, repr(plain), repr(code.co_names), repr(code.co_varnames)]
+        codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        for step in steps:
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
+                used[step.argval] = function.__globals__[step.argval]
+            elif step.opname == "IMPORT_NAME" and not _is_library(types.ModuleType(step.argval)):
+                raise TypeError(f"{step.argval}: an import inside a function cannot be told")
+        attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+        for module in [one for one in used.values() if isinstance(one, types.ModuleType)]:
+            if not _is_library(module):
+                used |= {n: getattr(module, n) for n in attributes if hasattr(module, n)}
+    closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    used |= {name: cell.cell_contents for name, cell in closed}
+    used["defaults"] = [function.__defaults__, function.__kwdefaults__]
+    for name, one in sorted(used.items()):
+        if not isinstance(one, types.ModuleType):
+            _collect(name, one, found, seen)
+
+
+def check_objective(name: str, returned: object, groups: int) -> None:
+    """Refuse an objective by name for what it returned.
+
+    Raises:
+        ValueError: no pair of losses and figures, another shape than [groups], a value that is not
+            finite, or no gradient.
+    """
+
+    def fits(one: object) -> bool:
+        return isinstance(one, Tensor) and one.shape == (groups,)
+
+    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    losses, figures = pair
+    got = ""
+    if not isinstance(losses, Tensor) or not fits(losses):
+        got = (
+            f"losses of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else "no losses"
+        )
+    elif not losses.isfinite().all():
+        got = "a loss that is not finite"
+    elif not losses.requires_grad:
+        got = "losses without a gradient"
+    elif not isinstance(figures, Mapping) or not all(map(fits, figures.values())):
+        got = "figures that are not a dict of one number a group"
+    elif set(figures) & set(HISTORY) or not all(isinstance(key, str) for key in figures):
+        got = f"figures named {list(figures)}, where {', '.join(HISTORY)} are Phase 1's own"
+    if got:
+        accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
+        raise ValueError(f"objective: got {got} from {name!r}; accepted: {accepted}")

@@ -1,0 +1,182 @@
+"""What a run measured: its Result, and tidy frames of many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from cvfp import baselines, store
+from cvfp.build import build
+from cvfp.config import Experiment, ParameterError
+from cvfp.corpora import load_corpus
+from cvfp.end_to_end import Peer
+from cvfp.model import CVFP
+from cvfp.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class Result:
+    """What a run measured. `column_docs()` gives the meaning and unit of every column.
+
+    Fields that do not apply are None: never 0 for missing. A run that Phase 1 gave up (`aborted`
+    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it. A control
+    without contexts, or a peer, has none of their figures.
+    """
+
+    key: str
+    experiment: Experiment
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+    embedding_dim: int
+    parameters: dict[str, int]
+    val_ppl: float | None
+    val_acc: float | None
+    val_bpb: float | None
+    train_ppl: float | None
+    train_er: float | None
+    val_er: float | None
+    phase1_iterations: int | None
+    converged: float | None
+    best_epoch: int | None
+    aborted: str | None
+    baselines: dict[str, dict[str, float] | None]
+    phase1_history: list[dict[str, float]]
+    phase2_history: list[dict[str, float]]
+    train_spectrum: list[float]
+    val_spectrum: list[float]
+    val_conversations: list[dict[str, float]]
+    val_positions: list[dict[str, float]]
+    val_frequencies: list[dict[str, float]]
+    context_sweeps: int | None
+    context_error: float | None
+    contraction_rate: float | None
+    memory_length: int | None
+    seconds: dict[str, float]
+    phase1_from_store: bool
+    peak_memory_mib: float
+    peak_device_memory_mib: float | None
+    device: str
+    device_name: str
+    precision: str
+    threads: int
+    versions: dict[str, str]
+    from_store: bool = field(default=False, compare=False)
+    _model: CVFP | Peer | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ranks(self) -> tuple[float, float]:
+        """Effective rank of the training and of the validation contexts, fractions of D.
+
+        Raises:
+            ParameterError: a run without contexts.
+        """
+        if self.train_er is None or self.val_er is None:
+            kind = (self.experiment.model, self.experiment.contexts)
+            raise ParameterError("model, contexts", kind, "a run that has contexts")
+        return self.train_er, self.val_er
+
+    @property
+    def phase1_end(self) -> tuple[int, float]:
+        """Phase 1's iterations, and the fraction of tokens converged at the last.
+
+        Raises:
+            ParameterError: a run without a Phase 1.
+        """
+        if self.phase1_iterations is None or self.converged is None:
+            kind = (self.experiment.model, self.experiment.contexts)
+            raise ParameterError("model, contexts", kind, "a run that has a Phase 1")
+        return self.phase1_iterations, self.converged
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON, without the model."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("_model", "from_store"):
+            del record[name]
+        return {**record, "experiment": self.experiment.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Result:
+        return cls(**{**record, "experiment": Experiment(**record["experiment"])})
+
+    def model(self) -> CVFP | Peer:
+        """The trained model with its tokeniser: this run's, or the one kept in the store.
+
+        Raises:
+            FileNotFoundError: the model was too large to keep (over 50 MB) or has been deleted.
+        """
+        if self._model is None:
+            weights = store.read_model(self.key)
+            if weights is None:
+                raise FileNotFoundError(
+                    f"no model is kept for run {self.key}: models over "
+                    f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
+                    "returns a result that has it"
+                )
+            corpus = load_corpus(self.experiment)
+            tokenizer = load_tokenizer(self.experiment, corpus.fitting)
+            self._model = build(self.experiment, weights["embedding"], tokenizer)
+            self._model.load_state_dict(weights)
+            self._model.to(self.device)
+        return self._model
+
+    def row(self) -> dict[str, Any]:
+        """One tidy row: the Experiment's fields and the measured scalars."""
+        measured = {
+            name: value
+            for name, value in self.to_dict().items()
+            if isinstance(value, (int, float, str)) or value is None
+        }
+        lines = {
+            f"{name}_{unit}": None if values is None else values[unit]
+            for name, values in self.baselines.items()
+            for unit in ("ppl", "bpb")
+        }
+        seconds = {f"seconds_{stage}": value for stage, value in self.seconds.items()}
+        return {**self.experiment.to_dict(), **measured, **lines, **seconds}
+
+
+class Results(list[Result]):
+    """Results in the order of their Experiments."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row per run; units in `column_docs()`."""
+        import pandas as pd
+
+        return pd.DataFrame([result.row() for result in self])
+
+
+def column_docs() -> dict[str, str]:
+    """Meaning and unit of the columns of `Results.frame()` that are measured."""
+    docs = {
+        "key": "content key of the run in the store",
+        "train_tokens": "tokens in the training stream",
+        "val_tokens": "tokens in the validation stream",
+        "val_ppl": "validation perplexity, exp(mean nats per token), at the best epoch, float32",
+        "val_acc": "validation top-1 accuracy, fraction",
+        "val_bpb": "validation bits per byte of UTF-8 text",
+        "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
+        "train_er": "effective rank of the training contexts that Phase 2 reads, fraction of D",
+        "val_er": "effective rank of the exact validation contexts, fraction of D",
+        "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
+        "converged": "fraction of training tokens converged at the last iteration",
+        "aborted": "why Phase 1 gave the run up (phase1_abort); null: it did not",
+        "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
+        "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
+        "context_error": "bound on the error of any of them, relative to its norm, before rounding",
+        "contraction_rate": "factor per token by which nearby trajectories of contexts approach",
+        "memory_length": "tokens after which a context restarted from zeros is within 1 %; "
+        "null if not within 256",
+        "peak_memory_mib": "largest resident memory of the process during the run, MiB",
+        "peak_device_memory_mib": "largest memory allocated on the GPU, MiB; null without one",
+        "threads": "CPU threads",
+    }
+    for name, words in baselines.NAMES.items():
+        docs[f"{name}_ppl"] = f"validation perplexity of: {words}"
+        docs[f"{name}_bpb"] = f"validation bits per byte of: {words}"
+    for stage in ("data", "table", "phase1", "contexts", "phase2", "baselines"):
+        docs[f"seconds_{stage}"] = f"wall-clock seconds of the stage {stage}"
+    return docs

@@ -1,0 +1,166 @@
+"""Tokenisers: byte-level BPE fitted on conversations, or a pretrained one."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from cvfp import cache, hub
+from cvfp.config import Experiment, ParameterError
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens of samples one after the other.
+
+    Attributes:
+        tokens: int64 [T].
+        starts: int64, the position of each sample's first token.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Tokenizer:
+    """Texts to token streams and back, on a `tokenizers.Tokenizer`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """A tokeniser from the text of its `tokenizer.json`."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_json, (self.backend.to_str(),)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return 1 + max(self.backend.get_vocab().values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return cache.digest(self.backend.to_str())
+
+    def encode(self, texts: list[str]) -> Stream:
+        """One stream of all `texts`, each tokenised whole, without special tokens."""
+        ids = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.array([len(i) for i in ids], dtype=np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
+        starts = np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64)[: len(ids)]
+        return Stream(torch.from_numpy(flat), torch.from_numpy(starts))
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens`, special ones included."""
+        return self.backend.decode(tokens, skip_special_tokens=False)
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Each token decoded alone (one that is only part of a character: �)."""
+        return [self.decode([token]) for token in tokens]
+
+    def count_bytes(self, tokens: Tensor) -> int:
+        """UTF-8 bytes that `tokens` stand for; exact for byte-level tokenisers at any cut."""
+        if isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
+            return int(self._bytes_per_token[tokens].sum())
+        return len(self.decode(tokens.tolist()).encode())
+
+    @cached_property
+    def _bytes_per_token(self) -> Tensor:
+        # Byte-level vocabularies write each byte as one character.
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        for piece, index in self.backend.get_vocab().items():
+            lengths[index] = len(piece)
+        return lengths
+
+
+def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
+    """The tokeniser of an Experiment: 'bpe' is fitted on the texts `fitting`.
+
+    Raises:
+        ParameterError: a pretrained one that cannot be loaded, has no fast implementation, or has
+            another size than `vocab_size`; too few texts to fit one.
+    """
+    if experiment.tokenizer == "bpe":
+        assert experiment.vocab_size is not None
+        return fit_bpe(fitting, experiment.vocab_size)
+    path = hub.local(experiment.tokenizer)
+    tokenizer = _pretrained(experiment.tokenizer) if path is None else _from_folder(path)
+    if experiment.vocab_size not in (None, tokenizer.vocab_size):
+        accepted = f"None, or {tokenizer.vocab_size} with tokenizer {experiment.tokenizer!r}"
+        raise ParameterError("vocab_size", experiment.vocab_size, accepted)
+    return tokenizer
+
+
+def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with `vocab_size` entries, fitted on `texts`; cached on disk.
+
+    Raises:
+        ParameterError: the texts hold too few pairs for `vocab_size` entries.
+    """
+    key = cache.digest(_code(), vocab_size, texts)
+    path = cache.home() / "tokenizers" / f"{key}.json"
+    if not path.exists():
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        )
+        backend.train_from_iterator(texts, trainer)
+        if backend.get_vocab_size() < vocab_size:
+            accepted = f"at most {backend.get_vocab_size()} with these fitting samples"
+            raise ParameterError("vocab_size", vocab_size, accepted)
+        with cache.whole(path) as temporary:
+            backend.save(str(temporary))
+    return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+
+
+def _from_folder(path: Path) -> Tokenizer:
+    """A folder's tokeniser, cached in the format of `tokenizers`: importing transformers takes
+    longer than everything else before training."""
+    key = cache.digest(hub.signature(path), _code())
+    cached = cache.home() / "tokenizers" / f"{key}.json"
+    if not cached.exists():
+        tokenizer = _pretrained(str(path))
+        with cache.whole(cached) as temporary:
+            tokenizer.backend.save(str(temporary))
+    return Tokenizer.from_json(cached.read_text(encoding="utf-8"))
+
+
+def _pretrained(name: str) -> Tokenizer:
+    tokenizer = hub.pretrained("tokenizer", name, _from_transformers)
+    if tokenizer is None:
+        raise ParameterError("tokenizer", name, "one with a fast implementation")
+    return tokenizer
+
+
+def _from_transformers(name: str, local: bool) -> Tokenizer | None:
+    """None: the tokeniser is a slow one."""
+    import transformers
+
+    loaded: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if not getattr(loaded, "is_fast", False):
+        return None
+    return Tokenizer.from_json(loaded.backend_tokenizer.to_str())
+
+
+def _code() -> str:
+    """What besides the texts or the folder determines a tokeniser."""
+    return cache.digest(cache.code_fingerprint("tokenizer"), tokenizers.__version__)

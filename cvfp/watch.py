@@ -1,0 +1,86 @@
+"""Seconds, peak memory, and work beside training."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvfp import ops
+
+MEBIBYTE = 2**20
+
+
+class Background:
+    """Work that goes on beside training on a GPU; leaving the block waits for it and raises its
+    errors. On a CPU it is done at once: a second thread that computes there halves the speed of the
+    first, for OpenMP then puts waiting threads to sleep."""
+
+    def __init__(self, device: str) -> None:
+        self.beside = device == "cuda"
+
+    def __enter__(self) -> Background:
+        self.pool = ThreadPoolExecutor(1)
+        self.work: list[Future[None]] = []
+        return self
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        if self.beside:
+            self.work.append(self.pool.submit(work, *arguments))
+        else:
+            work(*arguments)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()  # an error of training does not lose Phase 1
+        if kind is None:
+            for one in self.work:
+                one.result()
+
+
+class Watch:
+    """Seconds per stage and peak memory of a run."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        # Linux: start the high-water mark of resident memory anew.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[stage] = time.perf_counter() - start
+
+    def peaks(self) -> dict[str, Any]:
+        device = torch.cuda.max_memory_allocated() / MEBIBYTE if self.device == "cuda" else None
+        return {"peak_memory_mib": _peak_resident_mib(), "peak_device_memory_mib": device}
+
+
+def _peak_resident_mib() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return ops.processor()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+
+from cvfp import Experiment, ParameterError, data, embeddings, hub
+from cvfp.corpora import load_corpus
+
+FromFile = Callable[..., Experiment]
+
+
+def spy_on_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names that were asked of the hub, by any of the three libraries' ways."""
+    asked: list[str] = []
+
+    def load_dataset(path: str, **arguments: Any) -> None:
+        asked.append(path)
+        raise OSError("not reached")
+
+    def from_pretrained(name: str, local_files_only: bool) -> None:
+        if not local_files_only:
+            asked.append(name)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for auto in (transformers.AutoTokenizer, transformers.AutoModel):
+        monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    return asked
+
+
+HUB_NAMES = [("dataset", "no/such"), ("tokenizer", "no-such-model"), ("embedding", "no-such-model")]
+
+
+def ask_hub(tiny: Experiment, field: str, name: str) -> None:
+    free = {"tokenizer": "vocab_size", "embedding": "embedding_dim"}
+    changes: dict[str, Any] = {field: name, **({free[field]: None} if field in free else {})}
+    experiment = tiny.replace(**changes)
+    embeddings.load(experiment, data.load(experiment))
+
+
+@pytest.mark.parametrize(("field", "name"), HUB_NAMES)
+def test_unreachable_hub_is_told_without_asking_twice(
+    field: str,
+    name: str,
+    tiny: Experiment,
+    unreachable_hub: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = spy_on_downloads(monkeypatch)
+    with pytest.raises(ParameterError, match=f"^{field}: got '{name}'; .*a hub that can be rea"):
+        ask_hub(tiny, field, name)
+    assert asked == []
+
+
+@pytest.mark.parametrize(("field", "name"), HUB_NAMES)
+def test_unreachable_hub_with_the_real_clients(
+    field: str, name: str, tiny: Experiment, unreachable_hub: None
+) -> None:
+    with pytest.raises(ParameterError, match=f"^{field}: got '{name}'; .*a hub that can be rea"):
+        ask_hub(tiny, field, name)
+
+
+@pytest.mark.parametrize(("field", "name"), HUB_NAMES)
+def test_offline_is_told_by_its_variable(
+    field: str, name: str, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = spy_on_downloads(monkeypatch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ParameterError, match=f"^{field}: got '{name}'; .*HF_HUB_OFFLINE"):
+        ask_hub(tiny, field, name)
+    assert asked == []
+
+
+def test_local_folders_need_no_hub(
+    ultrachat_folder: Path,
+    gpt2_folder: Path,
+    from_file: FromFile,
+    unreachable_hub: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    experiment = from_file(
+        str(ultrachat_folder), str(gpt2_folder), train_split="train_sft", embedding=str(gpt2_folder)
+    ).replace(embedding_dim=None)
+    embeddings.load(experiment, data.load(experiment))
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
+    """`datasets.load_dataset` replaced by a stream of `rows` texts; the rows taken from it."""
+    taken: list[int] = []
+
+    def texts() -> Iterator[dict[str, str]]:
+        for number in range(rows):
+            taken.append(number)
+            yield {"text": f"text number {number}"}
+
+    def load_dataset(path: str, streaming: bool, **arguments: Any) -> datasets.IterableDataset:
+        assert streaming
+        features = datasets.Features({"text": datasets.Value("string")})
+        return datasets.IterableDataset.from_generator(texts, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return taken
+
+
+def test_streaming_takes_no_more_rows_than_asked_for(
+    home: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "require_hub", lambda parameter, name: None)
+    taken = serve(monkeypatch, rows=10_000)
+    corpus = load_corpus(from_file("someone/something", str(gpt2_folder)))
+    assert corpus.train == [f"text number {number}" for number in range(2, 6)]
+    assert max(taken) in (5, 6)  # datasets itself looks one row ahead
+
+
+def test_hub_texts_are_kept(
+    home: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "require_hub", lambda parameter, name: None)
+    taken = serve(monkeypatch, rows=12)
+    experiment = from_file("someone/something", str(gpt2_folder))
+    first = load_corpus(experiment)
+    assert taken
+    taken.clear()
+    assert load_corpus(experiment) == first
+    assert load_corpus(experiment.replace(samples=3)).train == first.train[:3]
+    assert taken == []
+    # What is kept ends where the split does not: more is asked for, and taken from the start.
+    assert load_corpus(experiment.replace(samples=10)).train[:4] == first.train
+    assert max(taken) == 11
+    with pytest.raises(ParameterError, match=r"^samples: got 11; .*at most 10 "):
+        load_corpus(experiment.replace(samples=11))
+    taken.clear()
+    with pytest.raises(ParameterError, match=r"^samples: got 12; .*at most 10 "):
+        load_corpus(experiment.replace(samples=12))
+    assert taken == []  # the split is known to end there
+    for other in (dict(train_split="b"), dict(dataset_config="b"), dict(dataset="someone/else")):
+        taken.clear()
+        load_corpus(experiment.replace(**other))
+        assert taken, other
