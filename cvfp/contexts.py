@@ -56,7 +56,7 @@ def evaluate(
         inputs: e_t [T, n·E], or TokenInputs, in the type of the block's weights.
         tol: largest change of a block's start that counts as none, in units of a context's norm.
         max_sweeps: None: as many as always suffice, since every sweep makes at least one more block
-            final. A ContextBlock that contracts takes two or three.
+            final. A trained ContextBlock takes two or three, an untrained one up to ten.
         block_length: tokens in a block; None: chosen from T and the device.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Where in the stream an objective's contexts are from."""
+    """The stream positions of an objective's contexts."""
 
     experiment: Experiment
     inputs: TokenInputs

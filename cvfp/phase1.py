@@ -30,8 +30,8 @@ QUANTILES = (0.1, 0.5, 0.9)
 class Phase1:
     """What Phase 1 leaves."""
 
-    # [T, D], the last iterate as it was computed: with noise, before the last update. In the type
-    # of the products, on the device or wherever they fit.
+    # [T, D], the last iterate as it was computed: with noise, before the last update. Stored as
+    # the products are, bfloat16 or float32, on the device, in host memory or on disk.
     contexts: Tensor
     iterations: int  # the published count, in which the initial contexts are number 1
     converged: float  # fraction of tokens whose mean squared change was under the threshold
@@ -61,14 +61,13 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     device, total, width = inputs.table.device, len(inputs), block.context_dim
-    objective = registry.resolve("objective", experiment.objective)
-    trained = list(block.parameters())
-    if isinstance(objective, type):  # with parameters of its own, gone after Phase 1
-        objective = objective(experiment, width, inputs.table.shape[1]).to(device)
-        trained += objective.parameters()
+    seed = generator.initial_seed()
+    objective, own = registry.build_objective(experiment, width, inputs.table, seed)
+    trained = [*block.parameters(), *own]  # the objective's own are discarded after Phase 1
     optimiser = ops.optimiser(trained, experiment.phase1_learning_rate)
     size = min(experiment.loss_group, total)
     groups = math.ceil(total / size)  # the last may be smaller, and has a pass of its own
+    # A pass: as many whole groups as fit the device at once, with what each layer keeps of them.
     passes = ops.group_slices(total, size, width, len(block.widths), device)
     contexts = ops.context_rows(total, width, experiment.precision, inputs.table)
     for part in passes:
@@ -98,10 +97,10 @@ def train(
             if iteration == 2:
                 registry.check_objective(experiment.objective, returned, len(grouped[0]))
             losses, figures = returned  # [K], {name: [K]}
-            (losses.sum() / groups).backward()
+            (losses.sum() / groups).backward()  # pass by pass, or all graphs would be there at once
             for name, values in {"loss": losses, **figures}.items():
                 sums[name] = sums.get(name, 0) + values.detach().sum() / groups
-            contexts[part] = new.detach().to(contexts.dtype)  # in the place of the old ones
+            contexts[part] = new.detach().to(contexts.dtype)  # overwrites the previous ones
         torch.nn.utils.clip_grad_norm_(trained, experiment.phase1_gradient_clip)
         optimiser.step()
 
@@ -123,7 +122,7 @@ def train(
 def _read(sums: Mapping[str, Tensor], change: Tensor, experiment: Experiment) -> dict[str, float]:
     """An iteration's figures, in the one read from the device."""
     converged = (change < experiment.convergence_threshold).float().mean()
-    # torch.quantile refuses more than 16 M values; every k-th token says as much.
+    # torch.quantile refuses more than 16 M values; a subsample is accurate enough.
     some = change[:: max(1, len(change) // 100_000)]
     quantiles = torch.quantile(some, change.new_tensor(QUANTILES))
     figures = [*sums.values(), change.mean(), converged, *quantiles]

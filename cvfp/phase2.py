@@ -154,7 +154,7 @@ def fit(
     clip: float | None = None,
     steps: int = 0,
 ) -> Phase2:
-    """Train what of the model is trainable in place, by epochs; keep the best. As `train`, and:
+    """Train the parameters that require gradients; restore the best epoch's. Beside `train`'s:
 
     Args:
         batches: an epoch's batches, tuples of tensors whose first is the positions.

@@ -175,6 +175,22 @@ def _collect_function(function: types.FunctionType, found: list[object], seen: A
             _collect(name, one, found, seen)
 
 
+def build_objective(
+    experiment: Any, context_dim: int, table: Tensor, seed: int
+) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The Experiment's objective, and its parameters: a class is called with (experiment,
+    context_dim, embedding_dim), drawing from a generator that is seeded for it."""
+    part = resolve("objective", experiment.objective)
+    if not isinstance(part, type):
+        return part, []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = part(experiment, context_dim, table.shape[1])
+    if not isinstance(module, torch.nn.Module):
+        raise ParameterError("objective", experiment.objective, "a function, or an nn.Module class")
+    return module.to(table.device), list(module.parameters())
+
+
 def check_objective(name: str, returned: object, groups: int) -> None:
     """Refuse an objective by name for what it returned.
 

@@ -1,4 +1,4 @@
-"""Finished work, found again by content: one file per run, Phase 1 kept apart for its variants.
+"""The store, keyed by content: one file per run; runs that differ in Phase 2 share a Phase 1.
 
 A key covers everything that makes the numbers and nothing else: the Experiment's fields with
 device and precision resolved, the fingerprints of the data and of the table, the versions of torch
@@ -48,7 +48,7 @@ MODEL_BYTES = 50_000_000
 # NumPy has no bfloat16: a file of contexts holds their bits.
 BITS = {2: np.uint16, 4: np.float32, 8: np.float64}
 STAGED = 2**24  # bytes of pinned memory
-# Phase 1's contexts are large and can be made again: the least recently used go first.
+# Phase 1's contexts are large and can be recomputed: the least recently used are deleted first.
 PHASE1_BYTES = 8_000_000_000
 
 
@@ -82,7 +82,7 @@ def write_run(key: str, record: dict[str, Any]) -> None:
 
 
 def read_baselines(key: str) -> dict[str, float | None] | None:
-    """Kept nats per token of the baselines, or None."""
+    """Stored nats per token of the baselines, or None."""
     path = cache.home() / "baselines" / f"{key}.json"
     if not path.exists():
         return None
@@ -96,7 +96,7 @@ def write_baselines(key: str, lines: dict[str, float | None]) -> None:
 
 
 def read_model(key: str) -> dict[str, Tensor] | None:
-    """The kept weights of a run, or None."""
+    """The stored weights of a run, or None."""
     path = cache.home() / "models" / f"{key}.safetensors"
     return load_file(path) if path.exists() else None
 

@@ -213,3 +213,16 @@ def test_a_worker_gets_the_parts_and_their_sources() -> None:
         again = cvfp.run(experiment.replace(seed=2))
     assert again.from_store
     assert again.val_ppl == results[1].val_ppl
+
+
+def test_an_objectives_own_parameters_are_drawn_from_the_seed() -> None:
+    cvfp.objective("mine")(Wide)
+    table, experiment = torch.zeros(3, 5), tiny_experiment(objective="mine")
+    before = torch.random.get_rng_state()
+    one, other, third = (registry.build_objective(experiment, 4, table, s)[1][0] for s in (1, 1, 2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    cvfp.objective("mine")(int)
+    with pytest.raises((cvfp.ParameterError, TypeError)):
+        registry.build_objective(experiment, 4, table, 1)

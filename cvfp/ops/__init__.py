@@ -1,7 +1,7 @@
 """The door to speed: formulas on tensors, each differentiable by autograd.
 
 Every function has a plain form (`cvfp.ops.plain`), which is its definition, and where it pays a
-faster one for the device and type of what it is given; `using("plain")` takes the plain form
+faster one for the device and type of its arguments; `using("plain")` takes the plain form
 everywhere. The rest of the package knows nothing of devices, types or memory beyond this door.
 """
 
@@ -121,8 +121,7 @@ def gaussian_(out: Tensor, std: float, generator: torch.Generator, rows: int) ->
 def recorded(step: Callable[..., Tensor], steps: int) -> Callable[..., Tensor]:
     """`step`, on a GPU recorded as a CUDA graph and replayed where that pays over `steps` calls.
 
-    It depends on the tensors that it is given alone, and its result is for use before the next
-    call.
+    `step` may depend on its tensor arguments alone; the next call overwrites its result.
     """
     if _mode.get() == "plain" or not torch.cuda.is_available():
         return step
@@ -157,7 +156,7 @@ def group_slices(
 
 
 def rows_at_once(vocab_size: int, device: torch.device) -> int:
-    """Positions whose logits are made at once when scoring."""
+    """Positions scored at a time."""
     return max(1, placement.LOGITS[device.type] // vocab_size)
 
 

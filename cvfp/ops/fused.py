@@ -1,4 +1,4 @@
-"""The formulas with gradients by hand: nothing is kept, cast or passed over that they do not take,
+"""The formulas with gradients by hand: they save, cast and read only what the gradient needs,
 and logits stay in the type of the products, a few rows at a time on a CPU.
 """
 
@@ -16,7 +16,7 @@ from cvfp.ops.precision import product_type
 DEVICES = ("cpu", "cuda")
 # Matrix units work in tiles: in bfloat16 50,257 logits cost a GPU more than 50,304.
 TILE = {"cpu": 1, "cuda": 64}
-# Logits made at once: what a CPU's caches hold; all on a GPU.
+# Logits computed at a time: what a CPU's caches hold; all on a GPU.
 LOGITS = {"cpu": 2**22, "cuda": 2**40}
 TINY = torch.finfo(torch.float32).tiny
 

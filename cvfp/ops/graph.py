@@ -21,7 +21,7 @@ def _beside() -> torch.cuda.Stream:
 
 
 class Recorded:
-    """A step recorded as a CUDA graph, after a few that run as they are, and replayed: launching
+    """A step recorded as a CUDA graph, after three eager warm-up calls, and replayed: launching
     its kernels one by one takes longer than they do. Other shapes run as they are."""
 
     WARM_UP = 3
@@ -40,7 +40,7 @@ class Recorded:
         if shapes != self.shapes or not batch[0].is_cuda:
             return self.step(*batch)
         if self.calls <= self.WARM_UP:
-            side = _beside()  # recording needs what was made on another stream
+            side = _beside()  # CUDA wants the warm-up on a side stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 made = self.step(*batch)
