@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from synthetic import configurations, made
 
-from cvfp import Result, Results, phase1
+from cvfp import Result, Results, abort
 from cvfp.analysis import rules
 
 ER_RULE, STALLS, NO_FALL = rules.ABORTS
@@ -59,7 +59,7 @@ def test_verdicts_in_words() -> None:
     assert fine.words() == ("effective rank good, iterations good, gap good; no reason to give up")
     rows = history(val_er=0.65)
     poor = rules.verdicts(made(val_er=0.6, phase1_iterations=40, phase1_history=rows))
-    assert poor.abort == phase1.abort_reason(rows)
+    assert poor.abort == abort.reason(rows)
     assert "poor" in poor.words()
     assert "give up: effective rank 65.0% under 70%" in poor.words()
     with pytest.raises(ValueError, match=r"^val_er: got 77"):
