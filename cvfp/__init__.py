@@ -9,7 +9,7 @@ from cvfp import notebook
 from cvfp.config import Experiment, ParameterError
 from cvfp.experiment import run
 from cvfp.generation import generate
-from cvfp.registry import objective
+from cvfp.registry import block, context_source, corpus_format, objective
 from cvfp.result import Result, Results
 from cvfp.sweep import sweep
 from cvfp.version import __version__ as __version__
@@ -23,6 +23,9 @@ __all__ = [
     "Result",
     "Results",
     "analysis",
+    "block",
+    "context_source",
+    "corpus_format",
     "generate",
     "notebook",
     "objective",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvfp import controls, end_to_end, seeds
+from cvfp import controls, end_to_end, registry, seeds
 from cvfp.config import Experiment
 from cvfp.controls import count_parameters
 from cvfp.end_to_end import Peer
@@ -48,14 +48,14 @@ def cvfp_size(experiment: Experiment, embedding_dim: int) -> int:
 
 def _blank(experiment: Experiment, table: Tensor, tokenizer: Tokenizer | None = None) -> CVFP:
     """A CVFP whose blocks are not initialised yet."""
-    block = ContextBlock(
-        experiment.num_layers,
-        experiment.context_dim,
-        experiment.num_input_tokens * table.shape[1],
-        experiment.token_input_all_layers,
-        experiment.context_std,
-        experiment.input_std,
-    )
+    input_dim = experiment.num_input_tokens * table.shape[1]
+    part = registry.resolve("block", experiment.block)
+    if not registry.is_built_in(part):
+        with torch.device("cpu"):
+            registry.check_block(
+                experiment.block, part(experiment, input_dim), experiment.context_dim, input_dim
+            )
+    block = part(experiment, input_dim)
     model = CVFP(
         table,
         block,
@@ -69,3 +69,16 @@ def _blank(experiment: Experiment, table: Tensor, tokenizer: Tokenizer | None = 
     if experiment.contexts == "end_to_end":
         model.context_table = None  # no Phase 1 that the table would have to stay as it was for
     return model
+
+
+@registry.block("published")
+def published(experiment: Experiment, input_dim: int) -> ContextBlock:
+    """The ContextBlock of the notes."""
+    return ContextBlock(
+        experiment.num_layers,
+        experiment.context_dim,
+        input_dim,
+        experiment.token_input_all_layers,
+        experiment.context_std,
+        experiment.input_std,
+    )

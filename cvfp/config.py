@@ -65,6 +65,12 @@ class Experiment:
     column: str | None = _field(
         None, "data", "column that holds the conversation; None: 'messages', else 'text'"
     )
+    corpus_format: str | None = _field(
+        None,
+        "data",
+        "own reading of a row: a registered name or 'module:function'; None: by column",
+        later=True,
+    )
     train_split: str = _field("train", "data", "split the training samples come from (hub data)")
     validation_split: str | None = _field(
         None, "data", "split the held-out samples come from; None: the first of train_split"
@@ -97,6 +103,12 @@ class Experiment:
         128, "data", "E, columns of the table; None: those of the pretrained table", low=1
     )
 
+    block: str = _field(
+        "published",
+        "context",
+        "the ContextBlock: 'published', another registered name, or 'module:class'",
+        later=True,
+    )
     num_layers: int = _field(3, "context", "L, layers of ContextBlock and of TokenBlock", low=1)
     context_dim: int = _field(128, "context", "D, size of the context vector", low=2)
     num_input_tokens: int = _field(1, "context", "n, tokens the model sees at a position", low=1)
@@ -153,12 +165,13 @@ class Experiment:
         "'cvfp', or a peer trained end to end with as many parameters as it: an LSTM, a small "
         "GPT-2-style transformer",
     )
-    contexts: Literal["trained", "random", "zero", "shuffled", "window", "end_to_end"] = _field(
+    contexts: str = _field(
         "trained",
         "phase2",
         "what Phase 2 reads: contexts of the 'trained' ContextBlock, of the 'random' one as "
         "initialised, 'zero'es, trained ones 'shuffled' between positions, a plain 'window' of "
-        "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1",
+        "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1; or own "
+        "contexts: a registered name or 'module:function', no Phase 1",
     )
     token_block_std: float = _field(
         0.1, "phase2", "initial deviation of the TokenBlock's weights", low=0, later=True
@@ -215,7 +228,9 @@ class Experiment:
             )
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ParameterError("device", self.device, "'auto', 'cpu', 'cuda' or 'mps'")
-        registry.resolve("objective", self.objective)
+        for kind in registry.PARTS:
+            if (name := getattr(self, kind)) is not None:
+                registry.resolve(kind, name)
 
     @classmethod
     def preset(cls, name: str = "mini", **overrides: Any) -> Experiment:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cvfp import cache, hub
+from cvfp import cache, hub, registry
 from cvfp.config import Experiment, ParameterError
 
 CHITCHAT_HELD_OUT = 50
@@ -65,7 +65,7 @@ class Corpus:
 
 
 def read(
-    path: str | Path, column: str | None = None, corpus_format: CorpusFormat | None = None
+    path: str | Path, column: str | None = None, corpus_format: CorpusFormat | str | None = None
 ) -> Texts:
     """All texts of a local file, or of the split 'train' of a local folder.
 
@@ -74,9 +74,9 @@ def read(
             out like a hub dataset.
         column: column that holds a text, or a list of messages with 'content', joined by a line
             break; None: 'messages', else 'text'.
-        corpus_format: own function from one row to its conversation's text, or None where it has
-            none. A row is a dict of columns, or one line (a str) of a .txt file. Without it, a
-            .txt file is one text.
+        corpus_format: own function (or its name) from one row to its conversation's text, or None
+            where it has none. A row is a dict of columns, or one line (a str) of a .txt file.
+            Without it, a .txt file is one text.
 
     Raises:
         ParameterError: a path, column or file that cannot be read, or more than a tenth of the
@@ -135,7 +135,7 @@ def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int =
 
 def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
     """The embedded corpus: 50 held out, 500 to fit on, the rest to train on."""
-    for name in ("column", "dataset_config", "validation_split", "train_split"):
+    for name in ("column", "corpus_format", "dataset_config", "validation_split", "train_split"):
         default = "train" if name == "train_split" else None
         if (value := getattr(experiment, name)) != default:
             raise ParameterError(name, value, f"{default!r} with dataset 'chitchat'")
@@ -175,8 +175,9 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
     if path is None and (_suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
         accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
         raise ParameterError("dataset", name, accepted)
-    own = _resolved(None)  # of an Experiment: its field, and the function's source in the key
-    where = [name, config, split, experiment.column, _code()]
+    own = _resolved(experiment.corpus_format)
+    source = registry.sources(experiment, "corpus_format")
+    where = [name, config, split, experiment.column, _code(), *source.values()]
     key = "local" if path is not None else name.replace("/", "--")
     key += "-" + cache.digest(*where, hub.signature(path) if path is not None else None)
 
@@ -193,6 +194,8 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
         hub.require_hub("dataset", name)
         rows = hub.rows(name, config, split, parameter)
     make = functools.partial(_texts, rows, name, experiment.column, own, count)
+    if None in source.values():
+        return _first(list(make()), count)
     return _first(_cached(f"{key}-{count}", make), count)
 
 
@@ -230,8 +233,9 @@ def _code() -> str:
     return cache.code_fingerprint("corpora", "hub")
 
 
-def _resolved(corpus_format: CorpusFormat | None) -> CorpusFormat | None:
-    """THE PLACE FOR NAMES: a registered name or "module:function" becomes a function here."""
+def _resolved(corpus_format: CorpusFormat | str | None) -> CorpusFormat | None:
+    if isinstance(corpus_format, str):
+        return registry.resolve("corpus_format", corpus_format)
     return corpus_format
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvfp import cache, hub
+from cvfp import cache, hub, registry
 from cvfp.config import Experiment, ParameterError
 from cvfp.corpora import load_corpus
 from cvfp.tokenizer import Stream, Tokenizer, load_tokenizer
@@ -49,11 +49,13 @@ def load(experiment: Experiment) -> Data:
     paths = [hub.local(name) for name in (experiment.dataset, experiment.tokenizer)]
     files = [tuple(hub.signature(path)) for path in paths if path is not None]
     only = Experiment(**experiment.to_dict("data"))
-    return _load(only, cache.home(), tuple(files))
+    own = registry.sources(experiment, "corpus_format").get("corpus_format", "")
+    load = _load.__wrapped__ if own is None else _load  # without source: read anew
+    return load(only, cache.home(), tuple(files), own or "")
 
 
 @functools.lru_cache(maxsize=8)  # to read, hash and check megabytes again takes a tenth of a second
-def _load(experiment: Experiment, home: Path, files: tuple[Any, ...]) -> Data:
+def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) -> Data:
     corpus = load_corpus(experiment)
     tokenizer = load_tokenizer(experiment, corpus.fitting)
     train, validation, fitting = (
@@ -67,7 +69,7 @@ def _load(experiment: Experiment, home: Path, files: tuple[Any, ...]) -> Data:
                 "samples", experiment.samples, "enough for a tail (10 %) of at least 2 tokens"
             )
     parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
-    fingerprint = cache.digest(tokenizer.fingerprint, *parts)
+    fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
     return Data(train, validation, fitting, tokenizer, fingerprint, corpus.skipped)
 
 

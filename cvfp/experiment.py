@@ -55,15 +55,12 @@ class Learned:
     first: phase1.Phase1 | None = None
     from_store: bool = False
     train_spectrum: Tensor | None = None
+    val_spectrum: Tensor | None = None
     validation: contexts.Contexts | None = None
     recurrence: Recurrence | None = None
 
     def rank(self, spectrum: Tensor | None, width: int) -> float | None:
         return None if spectrum is None else metrics.effective_rank(spectrum) / width
-
-    @property
-    def val_spectrum(self) -> Tensor | None:
-        return None if self.validation is None else metrics.singular_values(self.validation.values)
 
 
 def run(experiment: Experiment, *, reuse: bool = True) -> Result:
@@ -88,11 +85,13 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
     data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
-    stored = registry.source("objective", experiment.objective) is not None
-    if not stored:
+    untold = [kind for kind, one in registry.sources(experiment).items() if one is None]
+    stored = not untold
+    for kind in untold:
+        part = f"{kind} {getattr(experiment, kind)!r}"
         warnings.warn(
-            f"objective {experiment.objective!r}: its source, or that of what it names, cannot be "
-            "read, so this run is neither taken from the store nor stored",
+            f"{part}: its source, or that of what it names, cannot be read, so this run is neither "
+            "taken from the store nor stored",
             stacklevel=3,
         )
     record = store.read_run(key) if reuse and stored else None
@@ -212,12 +211,19 @@ def _two_phases(
             val_inputs = model.context_inputs(val_tokens)
             learned.validation = exact_contexts(block, val_inputs)
             val_contexts = learned.validation.values
+            learned.val_spectrum = metrics.singular_values(val_contexts)
             learned.recurrence = diagnose(block, val_inputs, val_contexts)
             if learned.first is None or experiment.training_contexts == "exact":
                 train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
             else:
                 train_contexts = learned.first.contexts
             learned.train_spectrum = metrics.singular_values(train_contexts, device)
+    if kind not in registry.CONTEXTS:
+        with watch("contexts"):
+            train_contexts = _own_contexts(model, train_tokens, experiment)
+            val_contexts = _own_contexts(model, val_tokens, experiment)
+            learned.train_spectrum = metrics.singular_values(train_contexts, device)
+            learned.val_spectrum = metrics.singular_values(val_contexts, device)
     if learned.first is not None and learned.first.aborted is not None:
         return learned
     with _phase2_stage(experiment, data, watch) as (report, tick):
@@ -230,6 +236,13 @@ def _two_phases(
             tick,
         )
     return learned
+
+
+def _own_contexts(model: CVFP, tokens: Tensor, experiment: Experiment) -> Tensor:
+    """What the own part of that name makes of a stream: [T, D]."""
+    made = registry.resolve("contexts", experiment.contexts)(model, tokens, experiment)
+    shape = len(tokens), experiment.context_dim
+    return registry.check_contexts(experiment.contexts, made, shape).to(model.embedding)
 
 
 def _end_to_end(experiment: Experiment, model: CVFP, data: Data, watch: Watch) -> Learned:
@@ -254,6 +267,7 @@ def _end_to_end(experiment: Experiment, model: CVFP, data: Data, watch: Watch) -
             second,
             controls.parameter_counts(model, experiment),
             train_spectrum=metrics.singular_values(train_contexts),
+            val_spectrum=metrics.singular_values(validation.values),
             validation=validation,
             recurrence=diagnose(block, inputs, validation.values),
         )

@@ -22,17 +22,33 @@ from cvfp import cache
 from cvfp.errors import ParameterError
 
 Part = TypeVar("Part", bound=Callable[..., Any])
-PARTS: dict[str, dict[str, Callable[..., Any]]] = {"objective": {}}
 HISTORY = ("iteration", "loss", "change", "converged")
 RECEIVED: dict[tuple[str, str], str | None] = {}
 
 
+def _built_in(*_: Any) -> Any:
+    """What Phase 2 reads by a built-in name: `controls` has it."""
+
+
+CONTEXTS = ("trained", "random", "zero", "shuffled", "window", "end_to_end")
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "objective": {},
+    "block": {},
+    "contexts": dict.fromkeys(CONTEXTS, _built_in),
+    "corpus_format": {},
+}
+
+
+def is_built_in(part: object) -> bool:
+    return str(getattr(part, "__module__", "")).startswith("cvfp.")
+
+
 def _registering(kind: str, name: str) -> Callable[[Part], Part]:
     def register(part: Part) -> Part:
-        known = PARTS[kind].get(name)
-        if known is not None and known.__module__.startswith("cvfp."):
+        if is_built_in(PARTS[kind].get(name)):
             raise ParameterError(kind, name, "a name that no built-in part has")
         PARTS[kind][name] = part
+        RECEIVED.pop((kind, name), None)
         return part
 
     return register
@@ -42,6 +58,24 @@ def objective(name: str) -> Callable[[Part], Part]:
     """Register what Phase 1 minimises: a function (new, old, batch) -> (losses [K], figures), or an
     nn.Module class made with (experiment, context_dim, embedding_dim)."""
     return _registering("objective", name)
+
+
+def block(name: str) -> Callable[[Part], Part]:
+    """Register a ContextBlock: an nn.Module class made with (experiment, input_dim), with what
+    `model.Block` asks for. Its `initialise` draws on the CPU, as `model.initialise` does."""
+    return _registering("block", name)
+
+
+def context_source(name: str) -> Callable[[Part], Part]:
+    """Register contexts for Phase 2: a function (model, tokens, experiment) -> [T, D], called with
+    the training stream, then with the validation stream; position t reads row t-1."""
+    return _registering("contexts", name)
+
+
+def corpus_format(name: str) -> Callable[[Part], Part]:
+    """Register how a row is read: a function from a dict of columns, or a line of a .txt file, to
+    the conversation's text, or None where it has none."""
+    return _registering("corpus_format", name)
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
@@ -62,7 +96,7 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
             return part
     near = difflib.get_close_matches(name, PARTS[kind], 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    names = " or ".join(map(repr, PARTS[kind]))
+    names = " or ".join(map(repr, PARTS[kind])) or "a registered name"
     raise ParameterError(kind, name, f"{names}, or 'module:function'{hint}")
 
 
@@ -72,7 +106,7 @@ def own() -> dict[tuple[str, str], tuple[Callable[..., Any], str | None]]:
         (kind, name): (part, source(kind, name))
         for kind, parts in PARTS.items()
         for name, part in parts.items()
-        if not str(getattr(part, "__module__", "")).startswith("cvfp.")
+        if not is_built_in(part)
     }
 
 
@@ -90,8 +124,10 @@ def source(kind: str, name: str) -> str | None:
     if (kind, name) in RECEIVED:
         return RECEIVED[kind, name]
     part = resolve(kind, name)
-    if str(getattr(part, "__module__", "")).startswith("cvfp."):
+    if is_built_in(part):
         return ""
+    if _is_library(part):  # whose version is not in the key
+        return None
     found: list[object] = []
     try:
         _collect(name, part, found, {})
@@ -100,11 +136,18 @@ def source(kind: str, name: str) -> str | None:
     return cache.digest(*found)
 
 
+def sources(experiment: Any, *kinds: str) -> dict[str, str | None]:
+    """`source` of each own part that an Experiment names, by kind; built-in ones are left out."""
+    named = {kind: getattr(experiment, kind) for kind in kinds or PARTS}
+    found = {kind: source(kind, name) for kind, name in named.items() if name is not None}
+    return {kind: digest for kind, digest in found.items() if digest != ""}
+
+
 def _is_library(part: Any) -> bool:
     """Code of this package, of the standard library, or installed: the versions stand for it."""
     named = part.__name__ if isinstance(part, types.ModuleType) else getattr(part, "__module__", "")
     root = str(named or "builtins").partition(".")[0]
-    if root == "__main__":
+    if root == "__main__" or (root == "builtins" and isinstance(part, types.FunctionType)):
         return False
     file = str(getattr(sys.modules.get(root), "__file__", None) or "")
     installed = "site-packages" in file or "dist-packages" in file
@@ -135,8 +178,8 @@ def _collect(name: str, value: Any, found: list[object], seen: dict[int, Any]) -
         found.append([name, value.__module__, value.__qualname__])
     elif id(value) not in seen:
         seen[id(value)] = value  # held, so that no other object gets its id
-        inspect.getsource(value)  # or there is none to be found again
         if isinstance(value, types.FunctionType):
+            inspect.getsource(value)  # or there is none to be found again
             _collect_function(value, found, seen)
             return
         for base in value.__bases__:
@@ -220,3 +263,44 @@ def check_objective(name: str, returned: object, groups: int) -> None:
     if got:
         accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
         raise ValueError(f"objective: got {got} from {name!r}; accepted: {accepted}")
+
+
+def check_block(name: str, made: Any, width: int, input_dim: int) -> None:
+    """Refuse a block by name, made for D = `width`; it is initialised and run on zeros.
+
+    Raises:
+        ValueError: a missing attribute, outputs of another shape, or not finite.
+    """
+    widths, got = getattr(made, "widths", None), ""
+    initialise: Any = getattr(made, "initialise", None)
+    if not isinstance(made, torch.nn.Module) or not callable(initialise):
+        got = f"a {type(made).__name__} without initialise(generator)"
+    elif getattr(made, "context_dim", None) != width:
+        got = f"context_dim {getattr(made, 'context_dim', None)}"
+    elif not isinstance(widths, (list, tuple)) or not widths or widths[-1] != width:
+        got = f"widths {widths}"
+    else:
+        initialise(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            outputs = made(torch.zeros(2, width), torch.zeros(2, input_dim))
+        shapes = [tuple(getattr(one, "shape", ())) for one in outputs]
+        if shapes != [(2, one) for one in widths]:
+            got = f"outputs of shape {shapes}"
+        elif not all(one.isfinite().all() for one in outputs):
+            got = "outputs that are not finite"
+    if got:
+        accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
+        accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
+        raise ValueError(f"block: got {got} from {name!r}; accepted: {accepted}")
+
+
+def check_contexts(name: str, made: object, shape: tuple[int, int]) -> Tensor:
+    """Own contexts [T, D], without a graph.
+
+    Raises:
+        ValueError: another shape, or a value that is not finite.
+    """
+    if isinstance(made, Tensor) and made.shape == shape and made.isfinite().all():
+        return made.detach()
+    got = f"{type(made).__name__} of shape {tuple(getattr(made, 'shape', ()))}"
+    raise ValueError(f"contexts: got {got} from {name!r}; accepted: finite contexts {shape}")

@@ -59,11 +59,11 @@ def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) 
     # The data's and the table's fields are in their fingerprints.
     stages = ("context", "phase1", "run") if phase1 else ("context", "phase1", "phase2", "run")
     code = cache.code_fingerprint(*(PHASE1_CODE if phase1 else RUN_CODE))
-    versions = [torch.__version__, tokenizers.__version__]
+    versions: list[str | None] = [torch.__version__, tokenizers.__version__]
     if experiment.model == "transformer":
         versions.append(importlib.metadata.version("transformers"))
-    own = registry.source("objective", experiment.objective)
-    versions += [own] if own else []
+    own = registry.sources(experiment, "objective", "block", *([] if phase1 else ["contexts"]))
+    versions += own.values()
     return cache.digest(experiment.key_fields(*stages), data, table, code, versions)
 
 

@@ -31,6 +31,7 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         grid: fields of the Experiment, each with the values to run.
 
     Raises:
+        ValueError: an own block that cannot be used, before the first run starts.
         ParameterError: an unknown field, a bad value, a size that exceeds the corpus, or a peer
             that cannot be built, for any of the runs, before the first starts.
     """
@@ -50,7 +51,7 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
     ]
     for one in experiments:
         data, table = prepare(one)
-        if one.model != "cvfp":
+        if one.model != "cvfp" or one.block != "published":
             build(one, table.weight, data.tokenizer)
     results = Results()
     with (

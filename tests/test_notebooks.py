@@ -32,7 +32,8 @@ def test_stored_as_design_says(book: Path) -> None:
     outputs = [output for c in cells for output in c.outputs]
     assert not any(output.output_type == "error" for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
-    assert not any(re.search(r"^\s*(def|class) ", c.source, re.M) for c in cells)
+    if not book.stem.startswith("08"):  # which shows parts of one's own
+        assert not any(re.search(r"^\s*(def|class) ", c.source, re.M) for c in cells)
     assert sum(c.source.startswith("# NBVAL_CHECK_OUTPUT") for c in cells) >= 2
     images = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert images
@@ -108,6 +109,7 @@ def test_first_cell_refuses(book: Path, name: str, value: object) -> None:
         ("06", "contexts", "zero", "every kind is run"),
         ("06", "learning_rates", "0.1,-1", "above 0"),
         ("06", "num_input_tokens", 2, "1 for model 'transformer'"),
+        ("08", "block", "mine", "shows its own"),
     ],
 )
 def test_first_cell_refuses_of_its_own(stem: str, name: str, value: object, words: str) -> None:

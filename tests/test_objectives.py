@@ -261,7 +261,7 @@ def test_a_built_in_name_stays_the_built_in() -> None:
 # Keys
 
 
-LATER = ("objective", "context_std", "input_std", "token_block_std", "ops")
+LATER = ("objective", "block", "context_std", "input_std", "token_block_std", "ops")
 
 
 @pytest.mark.parametrize("phase1_alone", [True, False])

@@ -92,6 +92,7 @@ CHANGED: dict[str, Any] = dict(
     device="cuda",
     precision="bfloat16",
     objective="settle",
+    block="torch.nn:Identity",
     context_std=0.2,
     input_std=0.2,
     token_block_std=0.2,

@@ -21,6 +21,7 @@ from matplotlib.ticker import (
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
+from cvfp.analysis.intervals import Paired
 from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.result import Result
@@ -477,6 +478,23 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
     axes[0].plot([], [], color=ORANGE, marker="D", linestyle="", label="counted, no seeds")
     axes[0].plot([], [], color=RED, label="CVFP")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
+    """Paired changes of perplexity with their intervals, and each seed's."""
+    figure, (axes,) = _figure(1, 6.5, 1.4 + 0.4 * len(named))
+    axes.axvline(0, color=RED, linewidth=1.5)
+    for place, pair in enumerate(named.values()):
+        if pair.low is not None and pair.high is not None:
+            axes.plot([pair.low, pair.high], [place] * 2, color=SKY, linewidth=4)
+        _points(axes, pair.by_seed, [place] * len(pair.by_seed), GREY, "|", markersize=12)
+        _points(axes, pair.change, place, BLUE)
+    axes.set_yticks(range(len(named)), list(named))
+    axes.set(xlabel=f"perplexity against {reference}", ylim=(len(named) - 0.5, -0.5))
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1, " %"))
     return figure
 
 

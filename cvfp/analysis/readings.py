@@ -136,6 +136,21 @@ def change(pair: Paired) -> str:
     return f"{pair.change:+.1%} (95 % interval {pair.low:+.1%} to {pair.high:+.1%}, {count})"
 
 
+def own_parts(groups: Mapping[str, Sequence[Result]]) -> str:
+    """What each own part changes against the published one, at the largest size, in Markdown."""
+    size = comparison.sizes(groups)[-1]
+    pairs = comparison.against(groups, size)
+    lines = [
+        f"- **{kind}**: {change(pair)}. "
+        + ("The same figures." if not any(pair.by_seed) else _side(pair.low, pair.high, *SIDES))
+        for kind, pair in pairs.items()
+    ]
+    return "\n".join([f"Perplexity against the published parts, {size} conversations:", "", *lines])
+
+
+SIDES = ("Better, beyond chance", "Worse, beyond chance")
+
+
 def parallel(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
     """What the comparison of parallel and exact contexts showed, in Markdown."""
     whole, mse = gap.agreement.loc[AS_LEFT], gap.agreement.mse
