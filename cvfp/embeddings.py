@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cvfp import cache, seeds
+from cvfp import cache, ops, seeds
 from cvfp.config import Experiment, ParameterError
 from cvfp.data import Data, Stream
 from cvfp.hub import pretrained
@@ -267,8 +267,7 @@ def fit_bigram(
         loss = -(leaf.detach() * followers).sum()
         # The first sum in chunks of contexts, so that any vocabulary fits in memory.
         for piece, weight in zip(leaf.split(chunk), context_share.split(chunk), strict=True):
-            logits = F.linear(piece, model.table, model.bias)
-            part = (weight * torch.logsumexp(logits, dim=1)).sum()
+            part = ops.log_partition(piece, model.table, model.bias, weight)
             part.backward()
             loss += part.detach()
         part = -(unigram * model.bias).sum()

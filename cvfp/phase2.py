@@ -75,10 +75,9 @@ class Positions:
         e = self.context_inputs.dense(positions)  # [B, n·E]
         return list(self.model.context_block(previous, e))
 
-    def hidden(self, positions: Tensor, previous: Tensor, inputs: TokenInputs) -> Tensor:
-        """h [B, E] at `positions`, which read the contexts `previous`; `inputs` are what the
-        TokenBlock reads."""
-        return self.model.token_block(self.outputs(positions, previous), inputs.dense(positions))
+    def hidden(self, positions: Tensor, outputs: list[Tensor], inputs: TokenInputs) -> Tensor:
+        """h [B, E] at `positions`; the TokenBlock reads `outputs` and `inputs`."""
+        return self.model.token_block(outputs, inputs.dense(positions))
 
     def token_inputs(self) -> TokenInputs:
         """What the TokenBlock reads, from the table as it is now."""
@@ -89,10 +88,8 @@ class Positions:
 
 def evaluate(stream: Positions) -> Evaluation:
     """Float32 evaluation of a stream of at least two tokens."""
-    inputs = stream.token_inputs()
-    return score(
-        stream.model, stream.tokens, lambda at: stream.hidden(at, stream.previous(at), inputs)
-    )
+    inputs, outputs = stream.token_inputs(), lambda at: stream.outputs(at, stream.previous(at))
+    return score(stream.model, stream.tokens, lambda at: stream.hidden(at, outputs(at), inputs))
 
 
 @torch.no_grad()
@@ -126,21 +123,26 @@ def train(
     model.context_block.requires_grad_(False)
     size = min(experiment.phase2_batch_size, train.total)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(train.total)
-        if experiment.phase2_shuffle:
-            order = torch.randperm(train.total, generator=generator)
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        shuffled = torch.randperm(train.total, generator=generator)
+        order = shuffled if experiment.phase2_shuffle else torch.arange(train.total)
+        # The ContextBlock is frozen: it takes several batches at once.
+        several = order.to(device).split(
+            size * ops.batches_at_once(size, model.context_widths, device)
+        )
         elsewhere = train.contexts.device != device
-        return ops.prefetch(order.to(device).split(size), train.previous, elsewhere)
+        for positions, previous in ops.prefetch(several, train.previous, elsewhere):
+            with ops.autocast(experiment.precision, device):
+                outputs = train.outputs(positions, previous)  # [B, widths[i]] each
+            yield from zip(*(one.split(size) for one in (positions, *outputs)), strict=True)
 
-    def loss(positions: Tensor, previous: Tensor) -> Tensor:
+    def loss(positions: Tensor, *outputs: Tensor) -> Tensor:
         with ops.autocast(experiment.precision, device):
-            hidden = train.hidden(positions, previous, train.token_inputs())
+            hidden = train.hidden(positions, list(outputs), train.token_inputs())
             return model.nats(hidden, train.tokens[positions + 1])
 
-    steps = experiment.phase2_epochs * (train.total // size)
-    validate = partial(evaluate, validation)
-    return fit(model, batches, loss, validate, experiment, report, tick, steps=steps)
+    given = model, batches, loss, partial(evaluate, validation), experiment, report, tick
+    return fit(*given, steps=experiment.phase2_epochs * (train.total // size))
 
 
 def fit(

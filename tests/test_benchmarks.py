@@ -33,7 +33,9 @@ def test_phase1_operations_are_those_of_a_step() -> None:
     inputs = TokenInputs(make_tokens(50), model.embedding.detach(), 1).dense()
     with FlopCounterMode(display=False) as counted:
         block(torch.randn(50, 10), inputs)[-1].backward(torch.randn(50, 10))
-    assert counted.get_total_flops() == 50 * one.phase1_flops()
+    # A bias is a column of its weights, in the product and in its gradient.
+    biases = 4 * sum(block.widths)
+    assert counted.get_total_flops() == 50 * (one.phase1_flops() + biases)
 
 
 def test_phase2_operations_are_those_of_a_step() -> None:
@@ -43,9 +45,14 @@ def test_phase2_operations_are_those_of_a_step() -> None:
     stream = phase2.Positions(model, torch.randn(51, 10), tokens)
     positions = torch.arange(50)
     with FlopCounterMode(display=False) as counted:
-        hidden = stream.hidden(positions, stream.previous(positions), stream.token_inputs())
+        hidden = stream.hidden(
+            positions, stream.outputs(positions, stream.previous(positions)), stream.token_inputs()
+        )
         model.nats(hidden, tokens[1:]).backward()
-    assert counted.get_total_flops() == 50 * one.phase2_flops()
+    context, token = model.context_block, model.token_block
+    biases = 2 * sum(context.widths) + 4 * sum(len(one.bias) for one in token.linears)
+    biases += 4 * len(model.embedding)
+    assert counted.get_total_flops() == 50 * (one.phase2_flops() + biases)
 
 
 def test_report_is_what_the_files_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

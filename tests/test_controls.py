@@ -123,7 +123,9 @@ def test_shuffled_contexts_are_those_of_other_positions() -> None:
     ):
         torch.testing.assert_close(mine, layer[order[positions]])
     # The tokens of the position itself are still its own.
-    h = mixed.hidden(positions, mixed.previous(positions), mixed.token_inputs())
+    h = mixed.hidden(
+        positions, mixed.outputs(positions, mixed.previous(positions)), mixed.token_inputs()
+    )
     e = plain.context_inputs.dense(positions)
     torch.testing.assert_close(h, model.token_block([o[order[positions]] for o in wanted], e))
 
@@ -168,7 +170,9 @@ def test_unrolled_equals_exact_contexts(fields: dict[str, Any], steps: int) -> N
     exact = contexts.evaluate(model.context_block, inputs, method="sequential")
     whole = phase2.Positions(model, exact.values, tokens)
     positions = torch.arange(T - 1)
-    wanted = whole.hidden(positions, whole.previous(positions), whole.token_inputs())
+    wanted = whole.hidden(
+        positions, whole.outputs(positions, whole.previous(positions)), whole.token_inputs()
+    )
     read, state, parts = Unrolled(model), None, []
     for piece in positions.split(steps):
         hidden, state = read(inputs, piece[None], state)

@@ -330,7 +330,9 @@ def next_token(model: CVFP, tokens: list[int]) -> int:
     positions = phase2.Positions(model, made.values, stream)
     with torch.no_grad():
         last = torch.tensor([len(tokens) - 1])
-        hidden = positions.hidden(last, positions.previous(last), positions.token_inputs())
+        hidden = positions.hidden(
+            last, positions.outputs(last, positions.previous(last)), positions.token_inputs()
+        )
         logits = model.logits(hidden)
     return int(logits.argmax())
 

@@ -281,7 +281,13 @@ def test_model_from_the_store_is_the_runs(changes: dict[str, Any], tiny: Experim
     assert torch.equal(again, contexts)
     positions = torch.arange(len(tokens))
     logits = [
-        model.logits(stream.hidden(positions, stream.previous(positions), stream.token_inputs()))
+        model.logits(
+            stream.hidden(
+                positions,
+                stream.outputs(positions, stream.previous(positions)),
+                stream.token_inputs(),
+            )
+        )
         for model, stream in (
             (model, phase2.Positions(model, contexts, tokens)) for model in (ours, theirs)
         )

@@ -24,12 +24,14 @@ from cvfp.ops.precision import WORTH, autocast, bfloat16_gain, full_precision, p
 __all__ = [
     "WORTH",
     "autocast",
+    "batches_at_once",
     "bfloat16_gain",
     "change_and_spread",
     "context_rows",
     "full_precision",
     "gaussian_",
     "group_slices",
+    "log_partition",
     "next_token_nats",
     "optimiser",
     "prefetch",
@@ -109,7 +111,16 @@ def score_next_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each `target` [B] in float64, and whether its logit is above all others
     (a tie is wrong); without a graph."""
-    return plain.score_next_tokens(hidden, weight, bias, target)
+    engine = _engine(hidden, weight, bias)
+    nats, correct = engine.score_next_tokens(hidden, weight, bias, target)
+    return nats.double(), correct
+
+
+def log_partition(hidden: Tensor, weight: Tensor, bias: Tensor, shares: Tensor) -> Tensor:
+    """Σ_b shares_b · log Σ_v exp(hidden_b · weight_v + bias_v), in nats: what a softmax over
+    `weight` [V, E] has in common for every target of `hidden` [B, E]; `shares` [B] is constant."""
+    total: Tensor = _engine(hidden, weight, bias).log_partition(hidden, weight, bias, shares)
+    return total
 
 
 def gaussian_(out: Tensor, std: float, generator: torch.Generator, rows: int) -> Tensor:
@@ -153,6 +164,13 @@ def group_slices(
         most = placement.memory(device) // 8 // (placement.LAYER_BYTES * layers + 48)
         at_once = max(1, min(placement.PASS[device.type], most) // (group * width))
     return placement.slices(total, group, at_once)
+
+
+def batches_at_once(size: int, widths: Sequence[int], device: torch.device) -> int:
+    """Batches of `size` positions for which a frozen block's outputs are held; "plain": one."""
+    if _mode.get() == "plain":
+        return 1
+    return max(1, placement.PASS[device.type] // (size * sum(widths)))
 
 
 def rows_at_once(vocab_size: int, device: torch.device) -> int:

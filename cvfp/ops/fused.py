@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cvfp.ops import plain
 from cvfp.ops.precision import product_type
 
 DEVICES = ("cpu", "cuda")
@@ -28,6 +30,21 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+def _columns(parts: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
+    """[B, K] each, and numbers as columns, side by side; zeros up to what matrix units like.
+
+    A bias is a column of the weights against a column of ones: the product adds it, and its
+    gradient comes with theirs, where a sum over rows takes a CPU as long as the product.
+    """
+    first = next(part for part in parts if isinstance(part, Tensor))
+    widths = [part.shape[1] if isinstance(part, Tensor) else 1 for part in parts]
+    rest = -sum(widths) % 16 if dtype == torch.bfloat16 else 0
+    made = first.new_empty(len(first), sum(widths) + rest, dtype=dtype)
+    for place, part in zip(made.split([*widths, rest], dim=1), [*parts, 0.0], strict=True):
+        place.copy_(part) if isinstance(part, Tensor) else place.fill_(part)
+    return made
+
+
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -43,11 +60,8 @@ class _ResidualNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.widths = [part.shape[-1] for part in parts]
         with torch.autocast(weight.device.type, enabled=False):
-            read = residual.new_empty(*residual.shape[:-1], sum(ctx.widths), dtype=dtype)
-            for place, part in zip(read.split(ctx.widths, dim=-1), parts, strict=True):
-                place.copy_(part)
-            read = read.flatten(0, -2)
-            product = torch.addmm(bias.to(dtype), read, weight.to(dtype).T).relu_()
+            read = _columns([*(part.flatten(0, -2) for part in parts), 1.0], dtype)
+            product = (read @ _columns([weight, bias[:, None]], dtype).T).relu_()
             total = residual.reshape(product.shape).to(scale.dtype) + product
             out, *moments = torch.native_layer_norm(total, scale.shape, scale, shift, eps)
         ctx.save_for_backward(read, product, total, weight, residual, scale, shift, *moments)
@@ -68,12 +82,12 @@ class _ResidualNorm(torch.autograd.Function):
         for_product = torch.ops.aten.threshold_backward(for_total.to(product.dtype), product, 0)
         for_parts: list[Tensor | None] = []
         with torch.autocast(weight.device.type, enabled=False):
-            for_weight = _product(for_product.T, read, weight.dtype)
+            together = _product(for_product.T, read, weight.dtype)
+            for_weight, for_bias = together[:, : weight.shape[1]], together[:, weight.shape[1]]
             columns = weight.to(product.dtype).split(ctx.widths, dim=1)
             for needed, column in zip(ctx.needs_input_grad[7:], columns, strict=True):
                 made = _product(for_product, column, scale.dtype) if needed else None
                 for_parts.append(None if made is None else made.view(*residual.shape[:-1], -1))
-        for_bias = for_product.sum(0, dtype=scale.dtype)
         for_residual = for_total.to(residual.dtype).view(residual.shape)
         return for_weight, for_bias, for_residual, for_scale, for_shift, None, None, *for_parts
 
@@ -104,50 +118,95 @@ class _NextTokenNats(torch.autograd.Function):
         target: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        device, (size, width), total = weight.device.type, weight.shape, len(hidden)
+        device, (size, width) = weight.device.type, weight.shape
         tile = TILE[device] if dtype == torch.bfloat16 else 1
         rows = math.ceil(size / tile) * tile  # what fills the last tile has no share in the softmax
-        at_once = max(64, LOGITS[device] // rows)
         table = weight.new_empty(rows, width, dtype=dtype)
         table[:size], table[size:] = weight, 0
-        offset = weight.new_full((rows,), -math.inf, dtype=dtype)
-        offset[:size] = 0 if bias is None else bias
-        for_hidden, nats = torch.empty_like(hidden), hidden.new_empty(total)
-        for_weight: Tensor | None = None
-        for_bias: Tensor | None = None
+        read, offset = hidden.to(dtype), None
+        if bias is not None or rows > size:
+            offset = weight.new_full((rows,), -math.inf, dtype=dtype)
+            offset[:size] = 0 if bias is None else bias
+        if offset is not None and device == "cpu":
+            read, table = _columns([read, 1.0], dtype), _columns([table, offset[:, None]], dtype)
+            offset = None
+        nats, shares = hidden.new_empty(len(hidden)), []
         with torch.autocast(device, enabled=False):
-            for i in range(0, total, at_once):
-                some = slice(i, i + at_once)
-                read = hidden[some].to(dtype)
-                if bias is None and rows == size:
-                    shares = read @ table.T
-                else:
-                    shares = torch.addmm(offset, read, table.T)
-                torch.softmax(shares, dim=1, out=shares)
-                right = shares.gather(1, target[some, None])
+            at_once = max(64, LOGITS[device] // rows)
+            pieces = (one.split(at_once) for one in (read, target, nats))
+            for some, right, out in zip(*pieces, strict=True):
+                logits = some @ table.T if offset is None else torch.addmm(offset, some, table.T)
+                torch.softmax(logits, dim=1, out=logits)
+                here = torch.arange(len(right), device=right.device), right
                 # A share too small for its type counts as the smallest there is.
-                nats[some] = -right[:, 0].to(nats.dtype).clamp(min=TINY).log()
-                shares.scatter_add_(1, target[some, None], torch.full_like(right, -1.0))
-                for_hidden[some] = _product(shares, table, hidden.dtype)
-                if ctx.needs_input_grad[1]:
-                    across = _product(shares.T, read, hidden.dtype)[:size]
-                    for_weight = across if for_weight is None else for_weight.add_(across)
-                if ctx.needs_input_grad[2]:
-                    summed = shares.sum(0, dtype=hidden.dtype)[:size]
-                    for_bias = summed if for_bias is None else for_bias.add_(summed)
-        ctx.save_for_backward(*[for_hidden, for_weight, for_bias])
-        ctx.total = total
+                out.copy_(-logits[here].to(out.dtype).clamp(min=TINY).log())
+                logits[here] -= 1
+                shares.append(logits)
+        ctx.save_for_backward(read, table, *shares)
+        ctx.size, ctx.biased = (size, width), bias is not None
         return nats.mean()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale = upstream / ctx.total
-        return *[None if one is None else one * scale for one in ctx.saved_tensors], None, None
+        (read, table, *shares), (size, width) = ctx.saved_tensors, ctx.size
+        scale = upstream / len(read)
+        with torch.autocast(read.device.type, enabled=False):
+            gradients = [_product(some, table[:, :width], scale.dtype) for some in shares]
+            for_hidden = torch.cat(gradients).mul_(scale)
+            if not any(ctx.needs_input_grad[1:3]):
+                return for_hidden, None, None, None, None
+            # The scale goes where it costs least.
+            pairs = zip(shares, (read * scale).to(read.dtype).split(len(shares[0])), strict=True)
+            together = [_product(some.T, one, scale.dtype) for some, one in pairs]
+            for_table = torch.stack(together).sum(0) if len(together) > 1 else together[0]
+            for_bias = None
+            if ctx.biased and read.shape[1] > width:
+                for_bias = for_table[:size, width]
+            elif ctx.biased:
+                for_bias = (sum(some.sum(0, dtype=scale.dtype) for some in shares) * scale)[:size]
+        return for_hidden, for_table[:size, :width], for_bias, None, None
 
 
 def next_token_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
     nats: Tensor = _NextTokenNats.apply(hidden, weight, bias, target, product_type(weight))
     return nats
+
+
+def score_next_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    if hidden.is_cuda:
+        return plain.score_next_tokens(hidden, weight, bias, target)
+    logits = F.linear(hidden, weight, bias)  # the rest in place: fresh memory costs a CPU more
+    here = torch.arange(len(target)), target
+    right = logits[here]
+    logits[here] = -math.inf
+    others = logits.amax(dim=1)
+    most = torch.maximum(others, right)
+    rest = logits.sub_(most[:, None]).exp_().sum(dim=1)
+    gap = right - most
+    return (rest + gap.exp()).log() - gap, right > others
+
+
+class _LogPartition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, shares: Tensor) -> Tensor:
+        logits = torch.addmm(bias, hidden, weight.T)
+        totals = torch.logsumexp(logits, dim=1)
+        logits.sub_(totals[:, None]).exp_().mul_(shares[:, None])
+        ctx.save_for_backward(hidden, weight, logits)
+        return shares @ totals
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, logits = ctx.saved_tensors
+        made = logits @ weight, logits.T @ hidden, logits.sum(0)
+        return *(one.mul_(upstream) for one in made), None
+
+
+def log_partition(hidden: Tensor, weight: Tensor, bias: Tensor, shares: Tensor) -> Tensor:
+    total: Tensor = _LogPartition.apply(hidden, weight, bias, shares)
+    return total
 
 
 class _ChangeAndSpread(torch.autograd.Function):

@@ -36,10 +36,14 @@ def score_next_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight, bias)
-    nats = F.cross_entropy(logits, target, reduction="none").double()
+    nats = F.cross_entropy(logits, target, reduction="none")
     right = logits.gather(1, target[:, None])
     others = logits.scatter_(1, target[:, None], -torch.inf)  # in place: the logits are our own
     return nats, right.squeeze(1) > others.amax(dim=1)
+
+
+def log_partition(hidden: Tensor, weight: Tensor, bias: Tensor, shares: Tensor) -> Tensor:
+    return shares @ torch.logsumexp(F.linear(hidden, weight, bias), dim=1)
 
 
 def gaussian_(out: Tensor, std: float, generator: torch.Generator, rows: int) -> Tensor:
