@@ -227,13 +227,17 @@ def section(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     on = found["machine"]
     lines = [
-        f"## {on['device']}: {found['setting']}, {found['precision']}",
+        f"## {on['device']}{', held down' * bool(on.get('limits'))}: "
+        f"{found['setting']}, {found['precision']}",
         f"{on['threads']} threads, torch {on['torch']}, Python {on['python']}, {on['date']}. One "
         f"large product: {found['rates']['bfloat16'] / 1e12:.2f} TFLOP/s in bfloat16, "
         f"{found['rates']['float32'] / 1e12:.2f} in float32.",
         f"`python -m benchmarks.speed {path} --setting {found['setting']}"
         + (" --against CHECKOUT`" if "against" in found else "`"),
     ]
+    if on.get("limits"):
+        held = " ".join(f"{name}={value}" for name, value in on["limits"].items())
+        lines[1] += f" Its products were held down by `{held}`."
     stolen = {name: part for name, part in found.get("stolen", {}).items() if part is not None}
     if stolen:
         lines[1] += " The processors' time that their host gave to others meanwhile: "

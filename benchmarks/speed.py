@@ -443,7 +443,7 @@ for line in sys.stdin:
 """
 
 
-def against(checkout: Path, repeats: int) -> dict[str, Any]:
+def against(checkout: Path, repeats: int, precision: str) -> dict[str, Any]:
     """The mini ladder of an earlier checkout and of this one in turn; only one works at a time."""
     here = Path(__file__).resolve().parents[1]
     folders = {"earlier": checkout.resolve(), "kit": here}
@@ -462,7 +462,7 @@ def against(checkout: Path, repeats: int) -> dict[str, Any]:
         worker = workers[name]
         assert worker.stdin is not None
         assert worker.stdout is not None
-        print(json.dumps(fields), file=worker.stdin, flush=True)
+        print(json.dumps(fields | {"precision": precision}), file=worker.stdin, flush=True)
         for line in worker.stdout:
             if line.startswith("RAN"):
                 made: list[float] = json.loads(line[3:])
@@ -494,9 +494,14 @@ def against(checkout: Path, repeats: int) -> dict[str, Any]:
     return {"commit": named.stdout.strip() if known else checkout.name, "rows": rows}
 
 
+# Settings that hold a processor's products down, to stand for one without the units they forbid.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else ops.processor(),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -533,7 +538,7 @@ def main() -> None:
         "start": lambda: cold(given.setting, min(3, given.repeats)),
     }
     if given.against:
-        work["against"] = lambda: against(given.against, given.repeats)
+        work["against"] = lambda: against(given.against, given.repeats, bench.exp.precision)
         parts.append("against")
     stolen = found.setdefault("stolen", {})
     for part in parts:
