@@ -30,19 +30,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def _columns(parts: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
-    """[B, K] each, and numbers as columns, side by side; zeros up to what matrix units like.
-
-    A bias is a column of the weights against a column of ones: the product adds it, and its
-    gradient comes with theirs, where a sum over rows takes a CPU as long as the product.
-    """
-    first = next(part for part in parts if isinstance(part, Tensor))
-    widths = [part.shape[1] if isinstance(part, Tensor) else 1 for part in parts]
-    rest = -sum(widths) % 16 if dtype == torch.bfloat16 else 0
-    made = first.new_empty(len(first), sum(widths) + rest, dtype=dtype)
-    for place, part in zip(made.split([*widths, rest], dim=1), [*parts, 0.0], strict=True):
-        place.copy_(part) if isinstance(part, Tensor) else place.fill_(part)
-    return made
+def _sum(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_b rows[b], as a product on a CPU, where sums over rows take twice as long."""
+    if rows.is_cuda:
+        return rows.sum(0, dtype=dtype)
+    return (rows.new_ones(1, len(rows)) @ rows)[0].to(dtype)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -60,8 +52,11 @@ class _ResidualNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.widths = [part.shape[-1] for part in parts]
         with torch.autocast(weight.device.type, enabled=False):
-            read = _columns([*(part.flatten(0, -2) for part in parts), 1.0], dtype)
-            product = (read @ _columns([weight, bias[:, None]], dtype).T).relu_()
+            read = residual.new_empty(*residual.shape[:-1], sum(ctx.widths), dtype=dtype)
+            for place, part in zip(read.split(ctx.widths, dim=-1), parts, strict=True):
+                place.copy_(part)
+            read = read.flatten(0, -2)
+            product = torch.addmm(bias.to(dtype), read, weight.to(dtype).T).relu_()
             total = residual.reshape(product.shape).to(scale.dtype) + product
             out, *moments = torch.native_layer_norm(total, scale.shape, scale, shift, eps)
         ctx.save_for_backward(read, product, total, weight, residual, scale, shift, *moments)
@@ -82,8 +77,8 @@ class _ResidualNorm(torch.autograd.Function):
         for_product = torch.ops.aten.threshold_backward(for_total.to(product.dtype), product, 0)
         for_parts: list[Tensor | None] = []
         with torch.autocast(weight.device.type, enabled=False):
-            together = _product(for_product.T, read, weight.dtype)
-            for_weight, for_bias = together[:, : weight.shape[1]], together[:, weight.shape[1]]
+            for_weight = _product(for_product.T, read, weight.dtype)
+            for_bias = _sum(for_product, scale.dtype)
             columns = weight.to(product.dtype).split(ctx.widths, dim=1)
             for needed, column in zip(ctx.needs_input_grad[7:], columns, strict=True):
                 made = _product(for_product, column, scale.dtype) if needed else None
@@ -118,53 +113,45 @@ class _NextTokenNats(torch.autograd.Function):
         target: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        device, (size, width) = weight.device.type, weight.shape
+        device, (size, width), total = weight.device.type, weight.shape, len(hidden)
         tile = TILE[device] if dtype == torch.bfloat16 else 1
         rows = math.ceil(size / tile) * tile  # what fills the last tile has no share in the softmax
+        at_once = max(64, LOGITS[device] // rows)
         table = weight.new_empty(rows, width, dtype=dtype)
         table[:size], table[size:] = weight, 0
-        read, offset = hidden.to(dtype), None
-        if bias is not None or rows > size:
-            offset = weight.new_full((rows,), -math.inf, dtype=dtype)
-            offset[:size] = 0 if bias is None else bias
-        if offset is not None and device == "cpu":
-            read, table = _columns([read, 1.0], dtype), _columns([table, offset[:, None]], dtype)
-            offset = None
-        nats, shares = hidden.new_empty(len(hidden)), []
+        offset = weight.new_full((rows,), -math.inf, dtype=dtype)
+        offset[:size] = 0 if bias is None else bias
+        for_hidden, nats = torch.empty_like(hidden), hidden.new_empty(total)
+        for_weight: Tensor | None = None
+        for_bias: Tensor | None = None
         with torch.autocast(device, enabled=False):
-            at_once = max(64, LOGITS[device] // rows)
-            pieces = (one.split(at_once) for one in (read, target, nats))
-            for some, right, out in zip(*pieces, strict=True):
-                logits = some @ table.T if offset is None else torch.addmm(offset, some, table.T)
-                torch.softmax(logits, dim=1, out=logits)
-                here = torch.arange(len(right), device=right.device), right
+            for i in range(0, total, at_once):
+                some = slice(i, i + at_once)
+                read = hidden[some].to(dtype)
+                if bias is None and rows == size:
+                    shares = read @ table.T
+                else:
+                    shares = torch.addmm(offset, read, table.T)
+                torch.softmax(shares, dim=1, out=shares)
+                here = torch.arange(len(shares), device=shares.device), target[some]
                 # A share too small for its type counts as the smallest there is.
-                out.copy_(-logits[here].to(out.dtype).clamp(min=TINY).log())
-                logits[here] -= 1
-                shares.append(logits)
-        ctx.save_for_backward(read, table, *shares)
-        ctx.size, ctx.biased = (size, width), bias is not None
+                nats[some] = -shares[here].to(nats.dtype).clamp(min=TINY).log()
+                shares[here] -= 1  # scatter_add_ copies all of it in bfloat16
+                for_hidden[some] = _product(shares, table, hidden.dtype)
+                if ctx.needs_input_grad[1]:
+                    across = _product(shares.T, read, hidden.dtype)[:size]
+                    for_weight = across if for_weight is None else for_weight.add_(across)
+                if ctx.needs_input_grad[2]:
+                    summed = _sum(shares, hidden.dtype)[:size]
+                    for_bias = summed if for_bias is None else for_bias.add_(summed)
+        ctx.save_for_backward(*[for_hidden, for_weight, for_bias])
+        ctx.total = total
         return nats.mean()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (read, table, *shares), (size, width) = ctx.saved_tensors, ctx.size
-        scale = upstream / len(read)
-        with torch.autocast(read.device.type, enabled=False):
-            gradients = [_product(some, table[:, :width], scale.dtype) for some in shares]
-            for_hidden = torch.cat(gradients).mul_(scale)
-            if not any(ctx.needs_input_grad[1:3]):
-                return for_hidden, None, None, None, None
-            # The scale goes where it costs least.
-            pairs = zip(shares, (read * scale).to(read.dtype).split(len(shares[0])), strict=True)
-            together = [_product(some.T, one, scale.dtype) for some, one in pairs]
-            for_table = torch.stack(together).sum(0) if len(together) > 1 else together[0]
-            for_bias = None
-            if ctx.biased and read.shape[1] > width:
-                for_bias = for_table[:size, width]
-            elif ctx.biased:
-                for_bias = (sum(some.sum(0, dtype=scale.dtype) for some in shares) * scale)[:size]
-        return for_hidden, for_table[:size, :width], for_bias, None, None
+        scale = upstream / ctx.total
+        return *[None if one is None else one * scale for one in ctx.saved_tensors], None, None
 
 
 def next_token_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
