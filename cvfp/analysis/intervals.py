@@ -11,6 +11,9 @@ from scipy import stats
 
 from cvfp.result import Result
 
+# Of every interval.
+LEVEL = 0.95
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -48,18 +51,12 @@ class Paired:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
-def student(level: float, freedom: float) -> float:
-    """Half the width of Student's t interval, in standard errors.
-
-    Raises:
-        ValueError: a level that is not between 0 and 1.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level: got {level}; accepted: above 0 and under 1, such as 0.95")
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+def student(freedom: float) -> float:
+    """Half the width of Student's 95 % interval, in standard errors."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
-def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.95) -> Paired:
+def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
     """Compare runs seed by seed and conversation by conversation.
 
     Both vary by chance: another seed trains another model, other conversations score it
@@ -91,11 +88,11 @@ def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.9
         raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
     nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
-    return _paired(nats, tokens, level)
+    return _paired(nats, tokens)
 
 
-def _paired(nats: np.ndarray, tokens: np.ndarray, level: float) -> Paired:
-    mean, low, high, share = crossed(nats, tokens, level)
+def _paired(nats: np.ndarray, tokens: np.ndarray) -> Paired:
+    mean, low, high, share = crossed(nats, tokens)
     return Paired(
         change=math.expm1(mean),
         low=None if low is None else math.expm1(low),
@@ -108,7 +105,7 @@ def _paired(nats: np.ndarray, tokens: np.ndarray, level: float) -> Paired:
 
 
 def crossed(
-    nats: np.ndarray, tokens: np.ndarray, level: float
+    nats: np.ndarray, tokens: np.ndarray
 ) -> tuple[float, float | None, float | None, float | None]:
     """Mean nats per token over seeds and conversations, its interval, and the seeds' share of its
     variance; None for the last three with fewer than two of either. See `paired`.
@@ -134,11 +131,11 @@ def crossed(
         if variance > 0
         else 1.0
     )
-    half = student(level, freedom) * math.sqrt(variance)
+    half = student(freedom) * math.sqrt(variance)
     return mean, mean - half, mean + half, over_seeds / variance if variance > 0 else None
 
 
-def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean of independent values (one a seed, say) with Student's t interval; None for one value.
 
     Raises:
@@ -150,13 +147,11 @@ def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | N
     centre = float(array.mean())
     if array.size == 1:
         return centre, None, None
-    half = student(level, array.size - 1) * float(stats.sem(array))
+    half = student(array.size - 1) * float(stats.sem(array))
     return centre, centre - half, centre + half
 
 
-def jackknife(
-    value: float, without: Sequence[float | None], level: float = 0.95
-) -> tuple[float | None, float | None]:
+def jackknife(value: float, without: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Interval of an estimate from the estimates that leave out one cluster each: Student's t, one
     degree of freedom less than clusters.
 
@@ -169,5 +164,5 @@ def jackknife(
     if count < 2 or len(left) < count:
         return None, None
     variance = (count - 1) / count * sum((one - value) ** 2 for one in left)
-    half = student(level, count - 1) * math.sqrt(variance)
+    half = student(count - 1) * math.sqrt(variance)
     return value - half, value + half

@@ -266,7 +266,7 @@ def effect(
 
 
 def _additive(
-    rows: pd.DataFrame, chosen: pd.Series, others: pd.DataFrame, column: str, level: float = 0.95
+    rows: pd.DataFrame, chosen: pd.Series, others: pd.DataFrame, column: str
 ) -> tuple[str, float, float | None, float | None] | None:
     dummies = pd.get_dummies(others.astype(str), drop_first=True, dtype=float)
     design = np.column_stack([chosen.to_numpy(float), np.ones(len(rows)), dummies.to_numpy()])
@@ -283,7 +283,7 @@ def _additive(
         return words, change, None, None
     variance = float(((values - design @ solved) ** 2).sum()) / freedom
     error = math.sqrt(variance) * float(np.linalg.norm(inverse[0]))
-    half = intervals.student(level, freedom) * error
+    half = intervals.student(freedom) * error
     return words, change, change - half, change + half
 
 

@@ -83,30 +83,27 @@ class Correlation:
     n: int
 
 
-def correlation(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Correlation:
+def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
     """Pearson's correlation with its interval.
 
     p and interval take the points as independent: give one point a configuration.
 
     Args:
         x, y: two equal lists of two or more finite numbers, neither constant.
-        level: of the interval.
 
     Raises:
-        ValueError: lists unequal, too short, constant or not finite; level not between 0 and 1.
+        ValueError: lists unequal, too short, constant or not finite.
     """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
         raise ParameterError("x, y", (a.shape, b.shape), "two lists of the same length, 2 or more")
-    if not 0 < level < 1:
-        raise ParameterError("level", level, "a number between 0 and 1")
     for name, values in (("x", a), ("y", b)):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             raise ParameterError(name, values.tolist(), "finite numbers that are not all alike")
     pearson = stats.pearsonr(a, b)
     low = high = None
     if len(a) > 3:
-        low, high = map(float, pearson.confidence_interval(level))
+        low, high = map(float, pearson.confidence_interval(intervals.LEVEL))
     return Correlation(float(pearson.statistic), float(pearson.pvalue), low, high, len(a))
 
 

@@ -422,11 +422,11 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     return style.rows(rows).fillna(style.MISSING)
 
 
-def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame, size: int = 4) -> pd.DataFrame:
+def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame) -> pd.DataFrame:
     """α over windows of sizes, measured and of note 004's version v3."""
     both = {
-        "measured here": scaling.windows(tokens, ppl, size),
-        "published, note 004": scaling.windows(note.tokens, note.val_ppl, size),
+        "measured here": scaling.windows(tokens, ppl),
+        "published, note 004": scaling.windows(note.tokens, note.val_ppl),
     }
     rows = [
         {
