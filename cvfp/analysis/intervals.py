@@ -88,10 +88,6 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
         raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
     nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
-    return _paired(nats, tokens)
-
-
-def _paired(nats: np.ndarray, tokens: np.ndarray) -> Paired:
     mean, low, high, share = crossed(nats, tokens)
     return Paired(
         change=math.expm1(mean),
@@ -99,7 +95,7 @@ def _paired(nats: np.ndarray, tokens: np.ndarray) -> Paired:
         high=None if high is None else math.expm1(high),
         seeds=nats.shape[0],
         conversations=nats.shape[1],
-        by_seed=tuple(float(x) for x in np.expm1(nats.sum(axis=1) / tokens.sum())),
+        by_seed=tuple(np.expm1(nats.sum(axis=1) / tokens.sum()).tolist()),
         seed_share=share,
     )
 

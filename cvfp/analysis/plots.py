@@ -18,6 +18,7 @@ from matplotlib.ticker import (
     NullFormatter,
     PercentFormatter,
 )
+from scipy.stats import gmean
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
@@ -27,23 +28,16 @@ from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.result import Result
 
 # Okabe & Ito's palette: told apart with any colour vision.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#666666",
-)
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
 BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
     "kneser_ney": dict(color=ORANGE, marker="s", label="Kneser–Ney bigram, training tokens"),
     "table": dict(color=GREEN, marker="D", label="fitted table alone"),
     "kneser_ney_both": dict(color=PINK, marker="^", label="… fitting + training"),
     "trigram_both": dict(color=RED, marker="v", label="Kneser–Ney trigram, fitting + training"),
 }
-
-
+# Change of perplexity beyond which a kind of run is named at the edge and not drawn.
+FAR = 0.6
 BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
@@ -148,16 +142,11 @@ def phase2(result: Result) -> Figure:
 
 
 def scaling(
-    frame: pd.DataFrame,
-    law: PowerLaw,
-    published: pd.DataFrame | None = None,
-    published_law: PowerLaw | None = None,
+    frame: pd.DataFrame, law: PowerLaw, published: pd.DataFrame, published_law: PowerLaw
 ) -> Figure:
     """Perplexity against training tokens: measured, fitted, extrapolated, baselines; published
     runs in a panel of their own, since their corpus and tokeniser differ."""
-    panels = 1 if published is None else 2
-    figure, axes = _figure(panels, 5.2 * panels, 4.6)
-    left = axes[0]
+    figure, (left, right) = _figure(2, 10.4, 4.6)
     _points(left, frame.train_tokens, frame.val_ppl, BLUE, label="CVFP, measured", zorder=3)
     _law(left, law, frame.train_tokens, BLUE)
     for name, style in BASELINE_STYLE.items():
@@ -166,14 +155,11 @@ def scaling(
             means = column.groupby(frame.train_tokens).mean()
             left.plot(means.index, means, markersize=5, linewidth=1, **style)
     left.set_title("Measured here")
-    if published is not None and published_law is not None:
-        right = axes[1]
-        _points(
-            right, published.tokens, published.val_ppl, GREY, label="published (note 002)", zorder=3
-        )
-        _law(right, published_law, published.tokens, GREY)
-        right.set_title("Published: other corpus and tokeniser")
-    for one in axes:
+    label = "published (note 002)"
+    _points(right, published.tokens, published.val_ppl, GREY, label=label, zorder=3)
+    _law(right, published_law, published.tokens, GREY)
+    right.set_title("Published: other corpus and tokeniser")
+    for one in (left, right):
         _against_tokens(one)
         one.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
     return figure
@@ -203,21 +189,17 @@ def _plain_log(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
-    """Parallel against exact contexts: cosine along the stream, and the error by cause.
-
-    Args:
-        published: the note's table of positions, drawn beside; None: nothing beside.
-    """
+def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
+    """Parallel against exact contexts: cosine along the stream, with note 000's table of positions,
+    and the error by cause."""
     figure, (left, right) = _figure(2, 10.5, 4.2)
     along = gap.along
     mean, worst = 1 - along.cosine, 1 - along.cosine_min
     left.fill_between(along.position, mean, worst, color=SKY, alpha=0.35)
     left.plot(along.position, mean, color=BLUE, label="measured: mean; band up to the worst")
-    if published is not None:
-        places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
-        label = "published: first, middle, last 100"
-        _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
+    places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
+    label = "published: first, middle, last 100"
+    _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
     left.set(
         xscale="log",
         yscale="log",
@@ -232,11 +214,8 @@ def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
     values = [rows.mse[AS_LEFT], *(rows.mse[name] for name in causes)]
     right.barh(names, values, color=[BLUE] + [SKY] * len(causes))
     right.invert_yaxis()
-    right.bar_label(
-        right.containers[0],  # type: ignore[arg-type]
-        labels=[f" {value:.1e}" for value in values],
-        fontsize=8,
-    )
+    labels = [f" {value:.1e}" for value in values]
+    right.bar_label(right.containers[0], labels, fontsize=8)  # type: ignore[arg-type]
     right.set(
         xlabel="mean squared error against the exact contexts",
         title="Where the difference comes from",
@@ -422,9 +401,7 @@ def correlations(matrix: pd.DataFrame) -> Figure:
         square=True,
     )
     axes.set(xlabel="", ylabel="", title="Correlations over the runs")
-    axes.tick_params(axis="x", rotation=45)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
+    plt.setp(axes.get_xticklabels(), rotation=45, ha="right")
     return figure
 
 
@@ -449,6 +426,7 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
     # The best are to be seen, however far under CVFP.
     nearest = min(-0.4, *(one[0] - 0.05 for kinds in changes.values() for one in kinds.values()))
     order = sorted(changes[sizes[-1]], key=lambda kind: changes[sizes[-1]][kind][0])
+    looks = dict.fromkeys(compare.COUNTED.values(), (ORANGE, "D"))
     figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
     for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
         one.axvline(0, color=RED, linewidth=1.5)
@@ -460,10 +438,7 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
                 continue
             if low is not None and high is not None:
                 one.plot([low, high], [place] * 2, color=SKY, linewidth=3)
-            counted = kind in compare.COUNTED.values()
-            one.plot(
-                change, place, color=ORANGE if counted else BLUE, marker="D" if counted else "o"
-            )
+            _points(one, change, place, *looks.get(kind, (BLUE, "o")))
         one.set_yticks(range(len(order)), order if panel == 0 else [""] * len(order))
         ppl = _ppl(compare.at(groups[compare.CVFP], size))
         one.set(
@@ -474,8 +449,8 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
         )
         one.set_xticks([-0.25, 0, 0.25, 0.5])
         one.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes[0].plot([], [], color=BLUE, marker="o", linestyle="", label="trained, 95 % interval")
-    axes[0].plot([], [], color=ORANGE, marker="D", linestyle="", label="counted, no seeds")
+    _points(axes[0], [], [], BLUE, label="trained, 95 % interval")
+    _points(axes[0], [], [], ORANGE, "D", label="counted, no seeds")
     axes[0].plot([], [], color=RED, label="CVFP")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -498,18 +473,15 @@ def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
     return figure
 
 
-FAR = 0.6
-
-
 def _changes(
     groups: Mapping[str, Sequence[Result]], size: int
 ) -> dict[str, tuple[float, float | None, float | None]]:
     """Change of perplexity against CVFP's, with its interval; none for what only counts."""
-    pairs = compare.against(groups, size)
-    runs = compare.at(groups[compare.CVFP], size)
     changes: dict[str, tuple[float, float | None, float | None]] = {
-        kind: (pair.change, pair.low, pair.high) for kind, pair in pairs.items()
+        kind: (pair.change, pair.low, pair.high)
+        for kind, pair in compare.against(groups, size).items()
     }
+    runs = compare.at(groups[compare.CVFP], size)
     for key, name in compare.COUNTED.items():
         line = runs[0].baselines[key]
         if line is not None:
@@ -519,7 +491,7 @@ def _changes(
 
 def _ppl(runs: Sequence[Result]) -> float:
     """Geometric mean over seeds, as `intervals.paired` compares them."""
-    return float(np.exp(np.mean([np.log(one.val_ppl) for one in runs if one.val_ppl])))
+    return float(gmean([one.val_ppl for one in runs if one.val_ppl]))
 
 
 def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) -> Figure:

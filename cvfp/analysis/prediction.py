@@ -88,11 +88,8 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
 
     p and interval take the points as independent: give one point a configuration.
 
-    Args:
-        x, y: two equal lists of two or more finite numbers, neither constant.
-
     Raises:
-        ValueError: lists unequal, too short, constant or not finite.
+        ValueError: lists of unequal length, of fewer than two numbers, constant or not finite.
     """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
@@ -107,29 +104,26 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
     return Correlation(float(pearson.statistic), float(pearson.pvalue), low, high, len(a))
 
 
-def matrix(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Pearson's r of every two columns over the runs that have a perplexity.
+def matrix(frame: pd.DataFrame) -> pd.DataFrame:
+    """Pearson's r of every two columns of `LABELS` over the runs that have a perplexity.
 
     Args:
         frame: `Results.frame()`.
-        columns: which of `LABELS`, or other columns of numbers; None: all of `LABELS`. Those that
-            are the same in every run are left out.
 
     Returns:
-        Symmetric, labelled for reading. Runs of one configuration are alike, so that no p belongs
-        to these figures.
+        Symmetric, labelled for reading; without the columns that are the same in every run. Runs
+        of one configuration are alike, so that no p belongs to these figures.
 
     Raises:
         ValueError: a column that is not there, no numbers, or fewer than 3 runs.
     """
     runs = _runs(frame)
-    names = list(LABELS if columns is None else columns)
-    unknown = [name for name in names if name not in runs]
-    if unknown:
-        raise ParameterError("columns", unknown, f"columns of the frame, {', '.join(LABELS)}")
+    missing = [name for name in LABELS if name not in runs]
+    if missing:
+        raise ParameterError("frame", f"no columns {missing}", "Results.frame()")
     if len(runs) < 3:
         raise ParameterError("frame", f"{len(runs)} runs with a perplexity", "3 or more")
-    chosen = runs[names].astype(float)
+    chosen = runs[list(LABELS)].astype(float)
     varying = chosen.loc[:, chosen.max() > chosen.min()]
     return varying.corr().rename(index=LABELS, columns=LABELS)
 
@@ -155,7 +149,7 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     runs = _runs(frame)
     rows: dict[str, dict[str, Any]] = {}
     for label, group in runs.groupby("configuration", sort=False):
-        sizes = len(group.train_tokens.unique())
+        sizes = group.train_tokens.nunique()
         law = scaling.fit(group.train_tokens, group.val_ppl) if sizes > 1 else None
         last = group[group.train_tokens == group.train_tokens.max()]
         rows[str(label)] = {
@@ -270,15 +264,15 @@ def _row(
     names = {"alpha": "log_tokens", "beta": "er", "gamma": "one"}
     row |= {name: coefficients.get(column) for name, column in names.items()}
     inside = _predicted(runs, coefficients)
-    row["error"] = float(_by_configuration(runs, inside).mean())
-    spread = float(((runs.log_ppl - runs.log_ppl.mean()) ** 2).sum())
+    row["error"] = _by_configuration(runs, _errors(runs, inside)).mean()
+    spread = ((runs.log_ppl - runs.log_ppl.mean()) ** 2).sum()
     if spread > 0:
-        row["r2"] = 1 - float(((runs.log_ppl - inside) ** 2).sum()) / spread
+        row["r2"] = 1 - ((runs.log_ppl - inside) ** 2).sum() / spread
     left = _left_out(runs, fixed, columns)
     if left is not None:
-        outside, fits = left
-        row["left_out_error"] = float(_by_configuration(runs, outside).mean())
-        row["left_out_worst"] = float(_errors(runs, outside).max())
+        errors, fits = left
+        row["left_out_error"] = _by_configuration(runs, errors).mean()
+        row["left_out_worst"] = errors.max()
         if "er" in columns:
             row["beta_low"], row["beta_high"] = intervals.jackknife(
                 coefficients["er"], [f["er"] for f in fits]
@@ -300,29 +294,26 @@ def _fit(
     solved, _, rank, _ = np.linalg.lstsq(runs[columns].to_numpy(), rest.to_numpy(), rcond=1e-10)
     if rank < len(columns):
         return None
-    return {**fixed, **dict(zip(columns, map(float, solved), strict=True))}
+    return {**fixed, **dict(zip(columns, solved.tolist(), strict=True))}
 
 
 def _left_out(
     runs: pd.DataFrame, fixed: Mapping[str, float], columns: list[str]
 ) -> tuple[pd.Series, list[dict[str, float]]] | None:
-    """Log PPL of each run as predicted from the other configurations, and the fits behind it; None:
+    """Error of each run as predicted from the other configurations, and the fits behind it; None:
     one of them is not determined."""
-    parts, fits = [], []
+    errors, fits = [], []
     for _, rows in runs.groupby("configuration"):
         coefficients = _fit(runs.drop(rows.index), fixed, columns)
         if coefficients is None:
             return None
-        parts.append(_predicted(rows, coefficients))
+        errors.append(_errors(rows, _predicted(rows, coefficients)))
         fits.append(coefficients)
-    return pd.concat(parts).sort_index(), fits
+    return pd.concat(errors).sort_index(), fits
 
 
 def _predicted(runs: pd.DataFrame, coefficients: Mapping[str, float]) -> pd.Series:
-    total = pd.Series(0.0, index=runs.index)
-    for name, value in coefficients.items():
-        total = total + value * runs[name]
-    return total
+    return sum((value * runs[name] for name, value in coefficients.items()), 0.0 * runs.one)
 
 
 def _errors(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
@@ -330,9 +321,9 @@ def _errors(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
     return ((predicted - runs.log_ppl).map(math.exp) - 1).abs()
 
 
-def _by_configuration(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
+def _by_configuration(runs: pd.DataFrame, errors: pd.Series) -> pd.Series:
     """The mean error of each configuration."""
-    return _errors(runs, predicted).groupby(runs.configuration).mean()
+    return errors.groupby(runs.configuration).mean()
 
 
 def _several(frame: pd.DataFrame) -> pd.DataFrame:

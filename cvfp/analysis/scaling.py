@@ -7,7 +7,7 @@ The intervals of a fit assume independent residuals of log perplexity with equal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,11 +200,19 @@ class Saturating:
         def profile(log_exponent: float) -> float:
             return _least(self.form, self.tokens, self.ppl, math.exp(log_exponent))[0]
 
-        low, high = (
-            _end(profile, math.log(self.exponent), step, math.log(bound), threshold)
-            for step, bound in zip((-0.1, 0.1), EXPONENTS, strict=True)
-        )
-        return None if low is None else math.exp(low), None if high is None else math.exp(high)
+        best = math.log(self.exponent)
+
+        def end(bound: float) -> float | None:
+            """Where the profile passes the threshold between the best exponent and a bound."""
+            if profile(math.log(bound)) <= threshold:
+                return None
+            # A perfect fit: the threshold is 0, and rounding is over it.
+            if profile(best) >= threshold:
+                return self.exponent
+            between = (best, math.log(bound))
+            return math.exp(optimize.brentq(lambda x: profile(x) - threshold, *between, rtol=1e-6))
+
+        return end(EXPONENTS[0]), end(EXPONENTS[1])
 
 
 def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
@@ -289,27 +297,6 @@ def _least(
     ]
     best = min(fits, key=lambda one: one.cost)
     return float(best.cost), best.x
-
-
-def _end(
-    profile: Callable[[float], float], best: float, step: float, limit: float, threshold: float
-) -> float | None:
-    """Where a profile of least costs passes the threshold, going from `best` by growing steps;
-    None if it does not before `limit`."""
-    inside = best
-    while True:
-        outside = inside + step if abs(inside + step - best) < abs(limit - best) else limit
-        if profile(outside) > threshold:
-            break
-        if outside == limit:
-            return None
-        inside, step = outside, 2 * step
-    # A perfect fit: the threshold is 0, and rounding is over it.
-    if profile(inside) >= threshold:
-        return inside
-    return float(
-        optimize.brentq(lambda x: profile(x) - threshold, inside, outside, xtol=1e-6, rtol=1e-6)
-    )
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> dict[str, PowerLaw | Saturating]:
