@@ -131,6 +131,13 @@ def crossed(
     return mean, mean - half, mean + half, over_seeds / variance if variance > 0 else None
 
 
+def side(low: float | None, high: float | None) -> int | None:
+    """Where an interval lies: 1 above 0, -1 under it, 0 around it; None without an interval."""
+    if low is None or high is None:
+        return None
+    return int(low > 0) - int(high < 0)
+
+
 def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean of independent values (one a seed, say) with Student's t interval; None for one value.
 

@@ -7,6 +7,7 @@ claim that the runs cannot measure is left out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cvfp.analysis import intervals, prediction, rules, scaling, stopping
+from cvfp.analysis import comparison, intervals, prediction, rules, scaling, stopping
 from cvfp.analysis.claims import Measurement
 from cvfp.gap import AS_LEFT, Gap
 from cvfp.result import Result, Results
@@ -70,9 +71,8 @@ def contexts(
         worst = max(float(row.difference) for row in last)
         # A fast method that is wrong does not count.
         if worst <= C3_ERROR:
-            words = (
-                f"{last[0].tokens:,.0f} tokens in blocks; largest relative difference {worst:.0e}"
-            )
+            tokens = f"{last[0].tokens:,.0f} tokens in blocks"
+            words = f"{tokens}; largest relative difference {worst:.0e}"
             claims["C3"] = source.over(ratios, len(ratios), words)
     return claims
 
@@ -89,7 +89,7 @@ def ladder(
     sizes = sorted({result.experiment.samples for result in results})
     claims = {}
     if len(sizes) > 1:
-        claims["C6"] = _alpha(results, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+        claims["C6"] = _alpha(results, source)
     if len(sizes) >= 5:
         errors, changes = [], []
         for runs in seeds.values():
@@ -101,14 +101,11 @@ def ladder(
             errors, len(seeds), f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
         )
         claims["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
-    epochs = {seed: runs[0] for seed, runs in _by_seed(fixed).items()}
-    if epochs and all(one.experiment.samples >= C10_SIZE for one in epochs.values()):
-        gains = []
-        for run in epochs.values():
-            ppl = stopping.replay(run, [1, 3]).val_ppl
-            gains.append(float(ppl[3] / ppl[1] - 1))
-        size = next(iter(epochs.values())).experiment.samples
-        claims["C10"] = source.over(gains, len(gains), f"{size} conversations")
+    if fixed and all(one.experiment.samples >= C10_SIZE for one in fixed):
+        curves = [stopping.replay(run, [1, 3]).val_ppl for run in fixed]
+        gains = [float(ppl[3] / ppl[1] - 1) for ppl in curves]
+        words = f"{fixed[0].experiment.samples} conversations"
+        claims["C10"] = source.over(gains, len(gains), words)
     first, last = (next(iter(seeds.values()))[place].train_tokens for place in (0, -1))
     if last >= C19_RATIO * first:
         changes = [100 * (runs[-1].ranks[1] - runs[0].ranks[1]) for runs in seeds.values()]
@@ -120,7 +117,8 @@ def designs(
     every: Sequence[Result], decrease: Sequence[Result], source: Source
 ) -> dict[str, Measurement]:
     """C1 and C4, from ladders of the two designs with the same sizes and seeds."""
-    ours, theirs = _largest(every), _largest(decrease)
+    size = max(result.experiment.samples for result in every)
+    ours, theirs = comparison.at(every, size), comparison.at(decrease, size)
     pair = intervals.paired(ours, theirs)
     claims = {
         "C1": source.measured(
@@ -128,12 +126,11 @@ def designs(
             None if pair.low is None else 1 + pair.low,
             None if pair.high is None else 1 + pair.high,
             pair.seeds,
-            f"{ours[0].experiment.samples} conversations",
+            f"{size} conversations",
         )
     }
-    sizes = sorted({result.experiment.samples for result in decrease})
-    if len(sizes) > 1:
-        claims["C4"] = _alpha(decrease, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+    if len({result.experiment.samples for result in decrease}) > 1:
+        claims["C4"] = _alpha(decrease, source)
     return claims
 
 
@@ -150,19 +147,12 @@ def shapes(
         if len(runs) > 1
     ]
     if slopes:
-        sizes = sorted({result.experiment.samples for result in wide})
-        claims["C8"] = source.over(
-            slopes, len(slopes), f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
-        )
+        claims["C8"] = source.over(slopes, len(slopes), _sizes(wide))
     rises = [[stopping.rise(run) for run in runs] for runs in _by_seed(overfit).values()]
-    known = [[one for one in seed if one is not None] for seed in rises]
-    if known and all(len(a) == len(b) for a, b in zip(known, rises, strict=True)):
-        size = overfit[0].experiment.samples
-        claims["C9"] = source.over(
-            [float(np.mean(seed)) for seed in known],
-            len(known),
-            f"{size} conversations, mean of both shapes",
-        )
+    if rises and not any(None in seed for seed in rises):
+        words = f"{overfit[0].experiment.samples} conversations, mean of both shapes"
+        means = np.array(rises, dtype=float).mean(axis=1).tolist()
+        claims["C9"] = source.over(means, len(means), words)
     return claims
 
 
@@ -287,22 +277,18 @@ def _additive(
     return words, change, change - half, change + half
 
 
-def _alpha(results: Sequence[Result], source: Source, words: str) -> Measurement:
+def _alpha(results: Sequence[Result], source: Source) -> Measurement:
     law = scaling.over_runs(results)
-    return source.measured(law.alpha, law.low, law.high, law.seeds, words)
+    return source.measured(law.alpha, law.low, law.high, law.seeds, _sizes(results))
 
 
-def _largest(results: Sequence[Result]) -> list[Result]:
-    most = max(result.experiment.samples for result in results)
-    return [result for result in results if result.experiment.samples == most]
+def _sizes(results: Sequence[Result]) -> str:
+    sizes = sorted({result.experiment.samples for result in results})
+    return f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
 
 
 def _by_seed(results: Sequence[Result]) -> dict[int, list[Result]]:
     """Runs of each seed, by growing training tokens."""
-    return {
-        seed: sorted(
-            (result for result in results if result.experiment.seed == seed),
-            key=lambda result: result.train_tokens,
-        )
-        for seed in sorted({result.experiment.seed for result in results})
-    }
+    ordered = sorted(results, key=lambda one: (one.experiment.seed, one.train_tokens))
+    by_seed = itertools.groupby(ordered, lambda one: one.experiment.seed)
+    return {seed: list(runs) for seed, runs in by_seed}
