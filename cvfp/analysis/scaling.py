@@ -262,18 +262,13 @@ def _least(
         The least cost, and the fitted parameters.
     """
     ratio, log_ppl = tokens / tokens.max(), np.log(ppl)
-    # What the curve is of, and weights by which its residuals are those of log PPL, to first order.
-    values, weights = (ppl, 1 / ppl) if form == "ppl" else (log_ppl, np.ones_like(ppl))
-    if exponent is None:
-        starts = [
-            np.array([floor, np.median((values - floor) * ratio**slope), slope])
-            for slope in np.geomspace(0.02, 2, 4)
-            for floor in (0, 0.5 * values.min(), 0.9 * values.min())
-        ]
-    else:
-        columns = np.column_stack([weights, weights * ratio**-exponent])
-        starts = [optimize.nnls(columns, weights * values)[0]]
-    free = len(starts[0])
+    values = ppl if form == "ppl" else log_ppl
+    free = 3 if exponent is None else 2
+    starts = [
+        np.array([floor, np.median((values - floor) * ratio**slope), slope])[:free]
+        for slope in (np.geomspace(0.02, 2, 4) if exponent is None else [exponent])
+        for floor in (0, 0.5 * values.min(), 0.9 * values.min())
+    ]
     bounds = [0, 0, EXPONENTS[0]][:free], [np.inf, np.inf, EXPONENTS[1]][:free]
 
     def residuals(p: Array) -> Array:
@@ -281,17 +276,9 @@ def _least(
         curve = floor + height * ratio**-power
         return np.asarray(np.log(curve) if form == "ppl" else curve) - log_ppl
 
-    def jacobian(p: Array) -> Array:
-        floor, height, power = p if exponent is None else (*p, exponent)
-        decay = ratio**-power
-        by = np.column_stack([np.ones_like(decay), decay, -height * decay * np.log(ratio)])
-        if form == "ppl":
-            by /= (floor + height * decay)[:, None]
-        return by[:, :free]
-
     fits = [
         optimize.least_squares(
-            residuals, start, jacobian, bounds, x_scale="jac", loss="soft_l1", f_scale=ROBUST
+            residuals, start, "3-point", bounds, x_scale="jac", loss="soft_l1", f_scale=ROBUST
         )
         for start in starts
     ]
