@@ -232,10 +232,10 @@ def test_interval_holds_the_truth_as_often_as_it_says(
     hits, trials = 0, 4000
     for _ in range(trials):
         tokens = lengths(generator, shape[1])
-        _, low, high, _ = crossed(effects(generator, shape, spread) * tokens, tokens)
-        assert low is not None
-        assert high is not None
-        hits += low <= TRUTH <= high
+        found = crossed(effects(generator, shape, spread) * tokens, tokens)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= TRUTH <= found.high
     # 95 % promised, somewhat less where few seeds dominate (Satterthwaite's degrees of freedom are
     # estimated), and more where chance that seeds and conversations share is counted twice.
     assert 0.92 * trials <= hits <= trials

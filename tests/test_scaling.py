@@ -493,7 +493,7 @@ def test_alpha_over_runs_is_the_fitted_one() -> None:
     results = ladder(np.random.default_rng(0))
     found = scaling.over_runs(results)
     tokens, ppl = ([getattr(one, name) for one in results] for name in ("train_tokens", "val_ppl"))
-    assert found.alpha == pytest.approx(scaling.fit(tokens, ppl).alpha)
+    assert found.value == pytest.approx(scaling.fit(tokens, ppl).alpha)
     assert (found.seeds, found.conversations) == (3, 20)
     for seed, alpha in enumerate(found.by_seed):
         part = slice(4 * seed, 4 * seed + 4)
@@ -528,7 +528,7 @@ def test_its_interval_is_of_seeds_and_conversations() -> None:
             )
             for one in results
         ]
-        return scaling.over_runs(rest).alpha
+        return scaling.over_runs(rest).value
 
     left = np.array([without(i) for i in range(12)])
     over_conversations = 11 / 12 * ((left - left.mean()) ** 2).sum()
@@ -538,14 +538,14 @@ def test_its_interval_is_of_seeds_and_conversations() -> None:
     assert found.low is not None
     assert found.high is not None
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
-    assert (found.high + found.low) / 2 == pytest.approx(found.alpha)
+    assert (found.high + found.low) / 2 == pytest.approx(found.value)
 
 
 @pytest.mark.parametrize(("seeds", "conversations"), [(1, 20), (3, 1)])
 def test_one_seed_or_one_conversation_gives_no_interval(seeds: int, conversations: int) -> None:
     found = scaling.over_runs(ladder(np.random.default_rng(0), seeds, conversations))
     assert (found.low, found.high) == (None, None)
-    assert found.alpha == pytest.approx(ALPHA, abs=0.2)
+    assert found.value == pytest.approx(ALPHA, abs=0.2)
     assert (found.seeds, found.conversations) == (seeds, conversations)
 
 
@@ -565,7 +565,7 @@ def test_runs_scored_on_tails_give_an_exponent_without_interval(preset: str) -> 
         fields = {"samples": one.experiment.samples, "seed": one.experiment.seed}
         one.experiment = Experiment.preset(preset, **{**fields, "validation": "tail"})
     found = scaling.over_runs(results)
-    assert found.alpha == pytest.approx(-0.3)
+    assert found.value == pytest.approx(-0.3)
     assert found.by_seed == pytest.approx([-0.3] * 3)
     assert (found.low, found.high, found.seeds, found.conversations) == (None, None, 3, 0)
     results[4].val_ppl, results[4].val_conversations = None, []

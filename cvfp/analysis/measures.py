@@ -279,7 +279,7 @@ def _additive(
 
 def _alpha(results: Sequence[Result], source: Source) -> Measurement:
     law = scaling.over_runs(results)
-    return source.measured(law.alpha, law.low, law.high, law.seeds, _sizes(results))
+    return source.measured(law.value, law.low, law.high, law.seeds, _sizes(results))
 
 
 def _sizes(results: Sequence[Result]) -> str:

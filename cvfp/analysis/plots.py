@@ -9,15 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    PercentFormatter,
-)
 from scipy.stats import gmean
 
 from cvfp.analysis import comparison as compare
@@ -63,7 +57,7 @@ def _annotate(
 def _against_tokens(axes: Axes) -> None:
     """Perplexity against training tokens, both logarithmic."""
     axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
     _plain_log(axes.yaxis)
 
 
@@ -92,7 +86,7 @@ def phase1(result: Result) -> Figure:
     right.set(
         ylim=(-0.02, 1.04), xlabel="iteration", ylabel="tokens converged", title="Converged tokens"
     )
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     return figure
 
 
@@ -184,9 +178,9 @@ def _tokens(value: float, _: int) -> str:
 
 def _plain_log(axis: Any) -> None:
     """Perplexities as plain numbers on a log axis, also between powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
@@ -221,7 +215,7 @@ def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
         title="Where the difference comes from",
         xlim=(0, max(values) * 1.22),
     )
-    right.xaxis.set_major_locator(MaxNLocator(4))
+    right.xaxis.set_major_locator(ticker.MaxNLocator(4))
     right.grid(axis="y", visible=False)
     return figure
 
@@ -275,7 +269,7 @@ def times(frame: pd.DataFrame) -> Figure:
         rows = frame[frame[column].notna()]
         axes.plot(rows.tokens, rows[column], color=color, marker=marker, label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="Time")
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
     axes.legend(fontsize=8)
     return figure
 
@@ -318,7 +312,7 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
             ylabel="validation perplexity",
             title=f"{result.experiment.samples} conversations, seed {result.experiment.seed}",
         )
-        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         one.legend(fontsize=8, markerscale=0.6)
     return figure
 
@@ -365,7 +359,7 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
         # The sizes themselves: a ladder may hold no power of ten.
         one.set_xticks(sorted(frame.groupby("samples").train_tokens.first()), minor=False)
         one.set_xticks([], minor=True)
-        one.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        one.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
         one.legend(fontsize=8)
     return figure
 
@@ -448,7 +442,7 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
             xlim=(nearest, FAR + 0.02),
         )
         one.set_xticks([-0.25, 0, 0.25, 0.5])
-        one.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        one.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     _points(axes[0], [], [], BLUE, label="trained, 95 % interval")
     _points(axes[0], [], [], ORANGE, "D", label="counted, no seeds")
     axes[0].plot([], [], color=RED, label="CVFP")
@@ -468,8 +462,8 @@ def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
     axes.set_yticks(range(len(named)), list(named))
     axes.set(xlabel=f"perplexity against {reference}", ylim=(len(named) - 0.5, -0.5))
     axes.margins(x=0.1)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1, " %"))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, 1, " %"))
     return figure
 
 
@@ -547,7 +541,7 @@ def rule_scores(scores: pd.DataFrame) -> Figure:
     axes.set_yticks(places, rows.rule)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="right, of the runs it calls")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axes.grid(axis="y", visible=False)
     axes.legend(**BESIDE)
     return figure

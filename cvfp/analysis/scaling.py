@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from cvfp.analysis import style
-from cvfp.analysis.intervals import crossed, student
+from cvfp.analysis.intervals import Crossed, crossed, student
 from cvfp.result import Result
 
 Array = NDArray[np.float64]
@@ -427,34 +427,13 @@ def points(results: Sequence[Result]) -> tuple[list[float], list[float]]:
     return [tokens for tokens, _ in there], [ppl for _, ppl in there]
 
 
-@dataclass(frozen=True)
-class AlphaOverRuns:
-    """The exponent of a ladder of runs, with an interval over seeds and conversations.
-
-    Attributes:
-        alpha: mean over seeds of each seed's slope of log PPL in log tokens.
-        low, high: its 95 % interval, for other seeds and other held-out conversations; None with
-            fewer than two of either.
-        seeds: how many there are.
-        conversations: held-out ones that all sizes are scored on; 0 with validation "tail", where
-            each size has its own.
-        by_seed: the alpha of each seed.
-    """
-
-    alpha: float
-    low: float | None
-    high: float | None
-    seeds: int
-    conversations: int
-    by_seed: tuple[float, ...]
-
-
-def over_runs(results: Sequence[Result]) -> AlphaOverRuns:
+def over_runs(results: Sequence[Result]) -> Crossed:
     """The exponent of runs at several sizes, every size with the same seeds.
 
     Each seed's alpha is linear in its log perplexities, hence in the nats of each held-out
     conversation, so that `intervals.crossed` applies. That a power law may be the wrong form is no
-    part of the interval.
+    part of the interval. With validation "tail" each size has conversations of its own: the
+    result counts none of them, and has no interval.
 
     Args:
         results: one run per size (`samples`) and seed, all scored on the same conversations, or
@@ -489,21 +468,13 @@ def over_runs(results: Sequence[Result]) -> AlphaOverRuns:
     weights = logs - logs.mean(axis=1, keepdims=True)
     weights /= (weights**2).sum(axis=1, keepdims=True)
     slopes = (weights[:, :, None] * nats).sum(axis=1)
-    alpha, low, high, _ = crossed(slopes, np.array(tokens))
+    alpha = crossed(slopes, np.array(tokens))
     tail = results[0].experiment.validation == "tail"
-    return AlphaOverRuns(
-        alpha=alpha,
-        low=low,
-        high=high,
-        seeds=len(seeds),
-        conversations=0 if tail else len(tokens),
-        by_seed=tuple((slopes.sum(axis=1) / sum(tokens)).tolist()),
-    )
+    return replace(alpha, conversations=0) if tail else alpha
 
 
 def _scored(one: Result) -> list[dict[str, float]]:
-    """A run's held-out conversations. The tail of its stream counts as one, since no two sizes
-    share its conversations: an exponent follows from it, and no interval."""
+    """A run's held-out conversations; the tail of its stream counts as one."""
     if one.experiment.validation == "held_out" or one.val_ppl is None:
         return one.val_conversations
     return [{"tokens": 1.0, "nats": math.log(one.val_ppl)}]

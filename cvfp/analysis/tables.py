@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import intervals, prediction, published, scaling, stopping, style
-from cvfp.analysis.intervals import Paired, paired
-from cvfp.analysis.scaling import EXTRAPOLATION, AlphaOverRuns, PowerLaw
+from cvfp.analysis.intervals import Crossed, Paired, paired
+from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.controls import count_parameters
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.model import ContextBlock, TokenBlock
@@ -327,11 +327,11 @@ def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["shape", "conversations"])
 
 
-def alpha(law: AlphaOverRuns) -> pd.DataFrame:
+def alpha(law: Crossed) -> pd.DataFrame:
     """An exponent over runs, with its interval over seeds and held-out conversations."""
     missing = style.NO_INTERVAL if law.seeds < 2 else style.MISSING
     row = {
-        "α": f"{law.alpha:.4f}",
+        "α": f"{law.value:.4f}",
         "95 % interval": style.interval(law.low, law.high, "{:.4f}", missing),
         "seeds": law.seeds,
         "conversations": law.conversations or style.MISSING,
