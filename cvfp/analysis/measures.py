@@ -61,9 +61,8 @@ def contexts(
 ) -> dict[str, Measurement]:
     """C2 and C3, from one `Gap` and one table of `gap.times` a seed."""
     cosines = [float(one.agreement.cosine_mean[AS_LEFT]) for one in gaps]
-    claims = {
-        "C2": source.over(cosines, len(gaps), f"mean over {gaps[0].tokens:,} training tokens")
-    }
+    words = f"mean over {gaps[0].tokens:,} training tokens"
+    claims = {"C2": source.over(cosines, len(gaps), words)}
     rows = [frame[frame.sequential.notna() & (frame.tokens >= C3_TOKENS)] for frame in timed]
     if rows and all(len(frame) for frame in rows):
         last = [frame.iloc[-1] for frame in rows]
@@ -91,15 +90,13 @@ def ladder(
     if len(sizes) > 1:
         claims["C6"] = _alpha(results, source)
     if len(sizes) >= 5:
-        errors, changes = [], []
-        for runs in seeds.values():
-            left = scaling.leave_largest_out(*scaling.points(runs)).set_index("form")
-            errors.append(float(left.error["power"]))
-            alphas = scaling.windows(*scaling.points(runs)).alpha
-            changes.append(float(alphas.iloc[-1] - alphas.iloc[0]))
-        claims["C7"] = source.over(
-            errors, len(seeds), f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
-        )
+        each = [scaling.points(runs) for runs in seeds.values()]
+        left = [scaling.leave_largest_out(*points).set_index("form") for points in each]
+        errors = [float(table.error["power"]) for table in left]
+        alphas = [scaling.windows(*points).alpha for points in each]
+        changes = [float(alpha.iloc[-1] - alpha.iloc[0]) for alpha in alphas]
+        words = f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
+        claims["C7"] = source.over(errors, len(seeds), words)
         claims["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
     if fixed and all(one.experiment.samples >= C10_SIZE for one in fixed):
         curves = [stopping.replay(run, [1, 3]).val_ppl for run in fixed]
@@ -120,15 +117,9 @@ def designs(
     size = max(result.experiment.samples for result in every)
     ours, theirs = comparison.at(every, size), comparison.at(decrease, size)
     pair = intervals.paired(ours, theirs)
-    claims = {
-        "C1": source.measured(
-            1 + pair.change,
-            None if pair.low is None else 1 + pair.low,
-            None if pair.high is None else 1 + pair.high,
-            pair.seeds,
-            f"{size} conversations",
-        )
-    }
+    low, high = (None if end is None else 1 + end for end in (pair.low, pair.high))
+    words = f"{size} conversations"
+    claims = {"C1": source.measured(1 + pair.change, low, high, pair.seeds, words)}
     if len({result.experiment.samples for result in decrease}) > 1:
         claims["C4"] = _alpha(decrease, source)
     return claims

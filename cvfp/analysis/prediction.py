@@ -170,15 +170,10 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     """How well each formula predicts perplexity, above all of a configuration it has not seen.
 
-    All are of the form log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
-    validation contexts in percent) but the first:
-
-    - "500 − 4·ER": note 004's rule for PPL itself, nothing fitted.
-    - "published coefficients": note 004's β −0.02 and either end of its range for α; γ, which it
-      leaves open, is fitted, one for all (a γ of each configuration could predict no new one). The
-      note does not say which logarithm; natural is assumed.
-    - "tokens and ER, refitted" and "tokens only": least squares over the runs.
-    - "mean of the others": γ alone, the geometric mean of PPL: the floor.
+    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
+    validation contexts in percent) but "500 − 4·ER", note 004's rule for PPL itself. Note 004
+    leaves the γ of its coefficients open, and does not say which logarithm: natural is assumed, and
+    one γ is fitted for all (one of each configuration could predict no new one).
 
     A column that is the same in every run is left out of the fit, so that at a single size "tokens
     only" is the mean. The interval of β is a jackknife that leaves out whole configurations

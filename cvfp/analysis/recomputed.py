@@ -6,6 +6,7 @@ Shares and relative changes are fractions, effective rank is in percent.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,13 +58,12 @@ def _c2() -> dict[str, float]:
     }
 
 
-def _c4() -> dict[str, float]:
+def _c4() -> dict[str, Any]:
     return _ladder("001_scaling")
 
 
-def _ladder(name: str) -> dict[str, float]:
+def _ladder(name: str) -> dict[str, Any]:
     law = _law(published.table(name))
-    assert law.r2 is not None
     return {"alpha": law.alpha, "r2": law.r2, "A": law.A, "per_doubling": law.per_doubling}
 
 
@@ -83,7 +83,7 @@ def _c5() -> dict[str, float]:
     return found
 
 
-def _c6() -> dict[str, float]:
+def _c6() -> dict[str, Any]:
     ladder = _ladder("002_scaling")
     return ladder | {"A_published_ratio": 195_000 / ladder["A"]}
 
@@ -114,11 +114,9 @@ def _c8() -> dict[str, float]:
 
 
 def _c9() -> dict[str, float]:
-    return {
-        f"rise_{row['experiment']}_{row['samples']}": row["epoch4_val_ppl"] / row["epoch2_val_ppl"]
-        - 1
-        for row in published.table("003_overfitting").to_dict("records")
-    }
+    table = published.table("003_overfitting")
+    names = "rise_" + table.experiment + "_" + table.samples.astype(str)
+    return dict(zip(names, table.epoch4_val_ppl / table.epoch2_val_ppl - 1, strict=True))
 
 
 def _c10() -> dict[str, float]:
@@ -172,16 +170,13 @@ def _c13() -> dict[str, float]:
 def _c14() -> dict[str, float]:
     runs = _configurations()
     runs = runs[runs.num_input_tokens == 1]
-    return dict(
-        zip(runs.version + "_" + runs.context_dim.astype(str), runs.best_val_er, strict=True)
-    )
+    names = runs.version + "_" + runs.context_dim.astype(str)
+    return dict(zip(names, runs.best_val_er, strict=True))
 
 
-def _c15() -> dict[str, float]:
+def _c15() -> dict[str, Any]:
     sizes = published.table("004_window_sizes")
     first, last = _law(sizes[sizes.in_window_1]), _law(sizes[sizes.in_window_2])
-    assert first.alpha_error is not None
-    assert last.alpha_error is not None
     return {
         "alpha_first": first.alpha,
         "alpha_last": last.alpha,

@@ -292,12 +292,9 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> dict[str, PowerLaw | Saturating]
     Raises:
         ValueError: as `fit`.
     """
-    fits: dict[str, PowerLaw | Saturating] = {"power": fit(tokens, ppl)}
     sizes = len(np.unique(np.asarray(tokens)))
-    for form in ("ppl", "loss"):
-        if sizes >= SIZES_NEEDED[form]:
-            fits[form] = saturating(tokens, ppl, form)
-    return fits
+    floors = [form for form in ("ppl", "loss") if sizes >= SIZES_NEEDED[form]]
+    return {"power": fit(tokens, ppl), **{form: saturating(tokens, ppl, form) for form in floors}}
 
 
 def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
@@ -316,23 +313,20 @@ def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     rest = x < x.max()
     sizes = len(np.unique(x[rest]))
     laws = forms(x[rest], y[rest]) if sizes > 1 else {}
-    actual = float(y[~rest].mean())
-    rows = []
-    for form, needed in SIZES_NEEDED.items():
-        predicted = laws[form].predict(x.max()) if form in laws else math.nan
-        rows.append(
-            {
-                "form": form,
-                "predicted": predicted,
-                "actual": actual,
-                "error": predicted / actual - 1,
-                "doublings": np.log2(x.max() / x[rest].max()),
-                "reason": None if form in laws else f"needs {needed} sizes, {sizes} remain",
-            }
-        )
-    # As objects first: among words, pandas makes NaN of None.
-    figures = ("predicted", "actual", "error", "doublings")
-    return pd.DataFrame(rows, dtype=object).astype(dict.fromkeys(figures, float))
+    largest, actual = x.max(), y[~rest].mean()
+    names = list(SIZES_NEEDED)
+    predicted = [laws[name].predict(largest) if name in laws else math.nan for name in names]
+    reasons = [
+        None if name in laws else f"needs {needed} sizes, {sizes} remain"
+        for name, needed in SIZES_NEEDED.items()
+    ]
+    frame = pd.DataFrame({"form": names, "predicted": predicted, "actual": actual})
+    return frame.assign(
+        error=frame.predicted / actual - 1,
+        doublings=np.log2(largest / x[rest].max()),
+        # As objects: among words, pandas makes NaN of None.
+        reason=pd.Series(reasons, dtype=object),
+    )
 
 
 def windows(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
