@@ -243,26 +243,21 @@ def effect(
         values = (wide[levels[-1]] - wide[levels[0]]).tolist()
         pairs = "1 pair" if len(wide) == 1 else f"{len(wide)} pairs"
         return f"{pairs} of {{}}", *intervals.mean(values)
-    return _additive(rows, rows[field] == levels[-1], rows[others], column)
-
-
-def _additive(
-    rows: pd.DataFrame, chosen: pd.Series, others: pd.DataFrame, column: str
-) -> tuple[str, float, float | None, float | None] | None:
-    dummies = pd.get_dummies(others.astype(str), drop_first=True, dtype=float)
-    design = np.column_stack([chosen.to_numpy(float), np.ones(len(rows)), dummies.to_numpy()])
+    dummies = pd.get_dummies(rows[others].astype(str), drop_first=True, dtype=float)
+    chosen = (rows[field] == levels[-1]).to_numpy(float)
+    design = np.column_stack([chosen, np.ones(len(rows)), dummies.to_numpy()])
     # The others may be confounded with one another, as long as the field is not with them.
     rank = int(np.linalg.matrix_rank(design))
     if np.linalg.matrix_rank(design[:, 1:]) == rank:
         return None
-    values = rows[column].to_numpy(float)
+    measured = rows[column].to_numpy(float)
     inverse = np.linalg.pinv(design, rcond=1e-10)
-    solved = inverse @ values
+    solved = inverse @ measured
     change, freedom = float(solved[0]), len(rows) - rank
     words = f"{len(rows)} {{}}, no two of which differ in this alone"
     if freedom == 0:
         return words, change, None, None
-    variance = float(((values - design @ solved) ** 2).sum()) / freedom
+    variance = float(((measured - design @ solved) ** 2).sum()) / freedom
     error = math.sqrt(variance) * float(np.linalg.norm(inverse[0]))
     half = intervals.student(freedom) * error
     return words, change, change - half, change + half

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,17 +76,12 @@ def phase1(result: Result) -> Figure:
     _annotate(left, "median token", (middle.iteration, middle.change_p50), (8, 6), BLUE)
     start = (history.iteration.iloc[0], threshold)
     _annotate(left, f"converged below {threshold:g}", start, (0, -14), RED)
-    left.set(
-        yscale="log",
-        xlabel="iteration",
-        ylabel="mean squared change of a context",
-        title="Change per iteration (band: 10–90 % of tokens)",
-    )
+    left.set(yscale="log", xlabel="iteration", ylabel="mean squared change of a context")
+    left.set_title("Change per iteration (band: 10–90 % of tokens)")
     right.plot(history.iteration, history.converged, color=BLUE, marker="o", markersize=4)
     right.axhline(result.experiment.convergence_rate, color=RED, linestyle="--")
-    right.set(
-        ylim=(-0.02, 1.04), xlabel="iteration", ylabel="tokens converged", title="Converged tokens"
-    )
+    right.set(ylim=(-0.02, 1.04), xlabel="iteration", ylabel="tokens converged")
+    right.set_title("Converged tokens")
     right.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     return figure
 
@@ -104,12 +100,8 @@ def spectrum(result: Result) -> Figure:
         line = "-" if color == BLUE else "--"
         axes.plot(np.arange(1, len(shares) + 1), shares, line, color=color, label=label)
     axes.axhline(1 / size, color=GREY, linestyle=":", label=f"all {size} directions equal")
-    axes.set(
-        yscale="log",
-        xlabel="singular value, largest first",
-        ylabel="share of the sum",
-        title="Spectrum of the contexts",
-    )
+    axes.set(yscale="log", xlabel="singular value, largest first", ylabel="share of the sum")
+    axes.set_title("Spectrum of the contexts")
     axes.legend(fontsize=8)
     return figure
 
@@ -118,9 +110,8 @@ def phase2(result: Result) -> Figure:
     """Phase 2's curves, with the baselines that the perplexity is compared with."""
     history = pd.DataFrame(result.phase2_history)
     figure, (axes,) = _figure(1, 7, 3.8)
-    axes.plot(
-        history.epoch, history.train_ppl, color=SKY, marker="o", label="training (while learning)"
-    )
+    label = "training (while learning)"
+    axes.plot(history.epoch, history.train_ppl, color=SKY, marker="o", label=label)
     axes.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", label="validation")
     best = history[history.epoch == result.best_epoch].iloc[0]
     _points(axes, best.epoch, best.val_ppl, RED, "*", markersize=15, label="best epoch")
@@ -194,13 +185,8 @@ def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
     places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
     label = "published: first, middle, last 100"
     _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="position in the stream (token)",
-        ylabel="1 − cosine with the exact context",
-        title="Distance along the stream",
-    )
+    left.set(xscale="log", yscale="log", title="Distance along the stream")
+    left.set(xlabel="position in the stream (token)", ylabel="1 − cosine with the exact context")
     left.legend(fontsize=8, loc="upper right")
     rows = gap.agreement
     causes = [name for name in CAUSES if name in rows.index]
@@ -210,11 +196,8 @@ def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
     right.invert_yaxis()
     labels = [f" {value:.1e}" for value in values]
     right.bar_label(right.containers[0], labels, fontsize=8)  # type: ignore[arg-type]
-    right.set(
-        xlabel="mean squared error against the exact contexts",
-        title="Where the difference comes from",
-        xlim=(0, max(values) * 1.22),
-    )
+    right.set(xlabel="mean squared error against the exact contexts")
+    right.set(title="Where the difference comes from", xlim=(0, max(values) * 1.22))
     right.xaxis.set_major_locator(ticker.MaxNLocator(4))
     right.grid(axis="y", visible=False)
     return figure
@@ -233,12 +216,8 @@ def forgetting(gap: Gap) -> Figure:
         left.axvline(memory, color=RED, linestyle=":")
         top = (memory, left.get_ylim()[1])
         _annotate(left, f"memory length {memory} tokens", top, (5, -14), RED)
-    left.set(
-        yscale="log",
-        xlabel="window: tokens since the context was zero",
-        ylabel="relative error",
-        title="What a window of k tokens misses",
-    )
+    left.set(xlabel="window: tokens since the context was zero", ylabel="relative error")
+    left.set(yscale="log", title="What a window of k tokens misses")
     left.legend(fontsize=8)
     label = "sweeps from zeros: largest change of a sweep"
     right.plot(windows.tokens, windows.residual, color=ORANGE, label=label)
@@ -247,13 +226,8 @@ def forgetting(gap: Gap) -> Figure:
     blocks = [residual["relative"] for residual in gap.exact.residuals]
     label = "blocks: largest change of a start"
     right.plot(range(1, len(blocks) + 1), blocks, color=GREEN, marker="D", label=label)
-    right.set(
-        yscale="log",
-        ylim=(None, 300),  # the legend is above the curves
-        xlabel="sweep",
-        ylabel="relative residual or error",
-        title="Convergence",
-    )
+    right.set(xlabel="sweep", ylabel="relative residual or error", title="Convergence")
+    right.set(yscale="log", ylim=(None, 300))  # the legend is above the curves
     right.legend(fontsize=8)
     return figure
 
@@ -284,11 +258,8 @@ def by_seed(frame: pd.DataFrame, field: str, labels: Mapping[str, str]) -> Figur
         axes.plot(rows.index.map(places), rows.val_ppl, label=f"seed {seed}", **style)
         _annotate(axes, f"{seed}", (len(labels) - 1, rows.val_ppl.iloc[-1]), (8, -3))
     axes.set_xticks(list(places.values()), list(labels.values()))
-    axes.set(
-        xlim=(-0.4, len(labels) - 0.6),
-        ylabel="validation perplexity",
-        title="One line a seed (its number at the right)",
-    )
+    axes.set(xlim=(-0.4, len(labels) - 0.6), ylabel="validation perplexity")
+    axes.set_title("One line a seed (its number at the right)")
     return figure
 
 
@@ -307,11 +278,8 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
             hollow: dict[str, Any] = dict(markersize=size, markeredgewidth=2, fillstyle="none")
             label = f"chosen with patience {patience}"
             _points(one, row.best_epoch, row.val_ppl, color, marker, label=label, **hollow)
-        one.set(
-            xlabel="epoch",
-            ylabel="validation perplexity",
-            title=f"{result.experiment.samples} conversations, seed {result.experiment.seed}",
-        )
+        one.set(xlabel="epoch", ylabel="validation perplexity")
+        one.set_title(f"{result.experiment.samples} conversations, seed {result.experiment.seed}")
         one.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         one.legend(fontsize=8, markerscale=0.6)
     return figure
@@ -382,18 +350,10 @@ def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
 def correlations(matrix: pd.DataFrame) -> Figure:
     """A correlation matrix as a heat map."""
     figure, (axes,) = _figure(1, 6.8, 5.5)
-    sns.heatmap(
-        matrix.round(2) + 0.0,  # no −0.00
-        ax=axes,
-        vmin=-1,
-        vmax=1,
-        cmap="RdBu_r",
-        annot=True,
-        fmt=".2f",
-        annot_kws={"fontsize": 7},
-        cbar_kws={"label": "Pearson's r"},
-        square=True,
-    )
+    values = matrix.round(2) + 0.0  # no −0.00
+    cells: dict[str, Any] = dict(annot=True, fmt=".2f", annot_kws={"fontsize": 7}, square=True)
+    bar = {"label": "Pearson's r"}
+    sns.heatmap(values, ax=axes, vmin=-1, vmax=1, cmap="RdBu_r", cbar_kws=bar, **cells)
     axes.set(xlabel="", ylabel="", title="Correlations over the runs")
     plt.setp(axes.get_xticklabels(), rotation=45, ha="right")
     return figure
@@ -435,12 +395,8 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
             _points(one, change, place, *looks.get(kind, (BLUE, "o")))
         one.set_yticks(range(len(order)), order if panel == 0 else [""] * len(order))
         ppl = _ppl(compare.at(groups[compare.CVFP], size))
-        one.set(
-            xlabel="perplexity against CVFP",
-            title=f"{size} conversations (CVFP {ppl:.0f})",
-            ylim=(len(order) - 0.5, -0.5),
-            xlim=(nearest, FAR + 0.02),
-        )
+        one.set(xlim=(nearest, FAR + 0.02), ylim=(len(order) - 0.5, -0.5))
+        one.set(xlabel="perplexity against CVFP", title=f"{size} conversations (CVFP {ppl:.0f})")
         one.set_xticks([-0.25, 0, 0.25, 0.5])
         one.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     _points(axes[0], [], [], BLUE, label="trained, 95 % interval")
@@ -500,13 +456,13 @@ def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) ->
     ):
         frame = compare.by_bin(kinds, samples, column, compare.ZERO)
         bins = sorted(frame.low.unique())
-        place = {low: number for number, low in enumerate(bins)}
         for kind, rows in frame.groupby("kind", sort=False):
             color, marker = _SHOWN[str(kind)]
-            places = rows.low.map(place)
+            places = rows.low.map(bins.index)
             one.plot(places, rows.nats, color=color, marker=marker, markersize=5, label=kind)
         one.axhline(0, color=GREY, linestyle=":")
-        one.set_xticks(range(len(bins)), [_bin(low, bins) for low in bins], rotation=35, ha="right")
+        names = itertools.starmap(_bin, itertools.zip_longest(bins, bins[1:]))
+        one.set_xticks(range(len(bins)), list(names), rotation=35, ha="right")
         one.set(title=title, xlabel=xlabel, ylabel="nats against zero contexts")
     axes[1].legend(**BESIDE)
     return figure
@@ -522,12 +478,10 @@ _SHOWN = {
 }
 
 
-def _bin(low: float, bins: Sequence[float]) -> str:
-    later = [other for other in bins if other > low]
-    if not later:
+def _bin(low: float, after: float | None) -> str:
+    if after is None:
         return f"{low:g}+"
-    high = min(later) - 1
-    return f"{low:g}" if high <= low else f"{low:g}–{high:g}"
+    return f"{low:g}" if after - 1 <= low else f"{low:g}–{after - 1:g}"
 
 
 def rule_scores(scores: pd.DataFrame) -> Figure:

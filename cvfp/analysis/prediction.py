@@ -1,7 +1,8 @@
 """From Phase 1's measures to Phase 2's perplexity: correlations and formulas (note 004).
 
 Runs are not independent: those of one configuration are alike at every size and seed. Errors and
-intervals therefore count configurations, each left out whole, and not runs.
+intervals therefore count configurations, each left out whole, and not runs. `frame` is
+`Results.frame()` throughout: one corpus, one tokeniser.
 """
 
 from __future__ import annotations
@@ -107,9 +108,6 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
 def matrix(frame: pd.DataFrame) -> pd.DataFrame:
     """Pearson's r of every two columns of `LABELS` over the runs that have a perplexity.
 
-    Args:
-        frame: `Results.frame()`.
-
     Returns:
         Symmetric, labelled for reading; without the columns that are the same in every run. Runs
         of one configuration are alike, so that no p belongs to these figures.
@@ -133,9 +131,6 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 
     Runs without a perplexity are left out. Runs alike in the fields of `CONFIGURATION` are one
     configuration.
-
-    Args:
-        frame: `Results.frame()`.
 
     Returns:
         Indexed by a label such as "1 x 64, n 1, w 0.8". Columns: those of `CONFIGURATION`; sizes,
@@ -180,9 +175,6 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     (Student's t, one degree of freedom less than configurations): the usual clustered standard
     error is too small with so few clusters, the jackknife errs on the wide side.
 
-    Args:
-        frame: `Results.frame()`: one corpus, one tokeniser; three configurations or more.
-
     Returns:
         Indexed by predictor. Columns: fitted (how many parameters), alpha, beta (log PPL per
         point of ER), gamma; beta_low, beta_high (95 %, where β is fitted); error (mean
@@ -192,9 +184,9 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
         configuration counts the same. Missing: the runs left do not determine it.
 
     Raises:
-        ValueError: a column that is not there, numbers out of range, or too few configurations.
+        ValueError: a column that is not there, numbers out of range, or under three configurations.
     """
-    runs = _several(frame)
+    runs = _runs(frame, configurations=3)
     rows = {name: _row(runs, *form) for name, form in FORMS.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("predictor")
     return table.astype(dict.fromkeys(_FIGURES, float))
@@ -225,14 +217,11 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
     Paired over configurations, Student's t. (Any two of the fits share most of their runs, so that
     the differences are not quite independent.)
 
-    Args:
-        frame: as for `predictors`.
-
     Raises:
         ValueError: as `predictors`, or the runs do not determine one of the two fits once a
             configuration is left out.
     """
-    runs = _several(frame)
+    runs = _runs(frame, configurations=3)
     errors = []
     for name in (TOKENS_ONLY, TOKENS_AND_ER):
         fixed, fitted = FORMS[name]
@@ -321,15 +310,7 @@ def _by_configuration(runs: pd.DataFrame, errors: pd.Series) -> pd.Series:
     return errors.groupby(runs.configuration).mean()
 
 
-def _several(frame: pd.DataFrame) -> pd.DataFrame:
-    runs = _runs(frame)
-    count = runs.configuration.nunique()
-    if count < 3:
-        raise ParameterError("frame", f"{count} configurations with a perplexity", "3 or more")
-    return runs
-
-
-def _runs(frame: pd.DataFrame) -> pd.DataFrame:
+def _runs(frame: pd.DataFrame, configurations: int = 1) -> pd.DataFrame:
     """The runs that have a perplexity, with the columns that the formulas take."""
     needed = ("train_tokens", "val_ppl", "val_er", "train_er", "phase1_iterations")
     missing = [name for name in (*CONFIGURATION, *needed) if name not in frame]
@@ -345,9 +326,13 @@ def _runs(frame: pd.DataFrame) -> pd.DataFrame:
     for name in ("val_er", "train_er"):
         if not runs[name].between(0, 1, inclusive="right").all():
             raise ParameterError(name, runs[name].tolist(), "fractions of D, above 0, up to 1")
+    labels = [label(row) for row in runs[list(CONFIGURATION)].to_dict("records")]
+    if len(set(labels)) < configurations:
+        got = f"{len(set(labels))} configurations with a perplexity"
+        raise ParameterError("frame", got, f"{configurations} or more")
     rank = 100 * runs.val_er
     return runs.assign(
-        configuration=[label(row) for row in runs[list(CONFIGURATION)].to_dict("records")],
+        configuration=labels,
         log_ppl=np.log(runs.val_ppl),
         log_tokens=np.log(runs.train_tokens),
         er=rank,

@@ -99,17 +99,13 @@ def _c7() -> dict[str, float]:
     return found
 
 
-def _c8() -> dict[str, float]:
+def _c8() -> dict[str, Any]:
     table = published.table("003_results")
     deep, wide = (_law(runs) for _, runs in table.groupby("experiment", sort=True))
     return {
-        "alpha_deep": deep.alpha,
-        "alpha_wide": wide.alpha,
-        "A_deep": deep.A,
-        "A_wide": wide.A,
-        "crossover": math.exp(math.log(deep.A / wide.A) / (wide.alpha - deep.alpha)),
-        "per_doubling_deep": deep.per_doubling,
-        "per_doubling_wide": wide.per_doubling,
+        **{f"{what}_deep": getattr(deep, what) for what in ("alpha", "A", "per_doubling")},
+        **{f"{what}_wide": getattr(wide, what) for what in ("alpha", "A", "per_doubling")},
+        "crossover": scaling.crossover(deep, wide).tokens,
     }
 
 

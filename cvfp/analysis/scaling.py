@@ -105,11 +105,9 @@ class PowerLaw:
 def fit(tokens: ArrayLike, ppl: ArrayLike) -> PowerLaw:
     """Fit PPL = A · tokens^alpha.
 
-    Args:
-        tokens, ppl: as many of the one as of the other, positive and finite.
-
     Raises:
-        ValueError: fewer than two different token counts, or numbers that have no logarithm.
+        ValueError: lists of unequal length, fewer than two different token counts, or numbers that
+            are not positive and finite.
     """
     x, y = _checked(tokens, ppl, SIZES_NEEDED["power"])
     logs, log_ppl = np.log(x), np.log(y)
@@ -219,12 +217,11 @@ def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
     """Fit a power law with a floor: robust least squares of log PPL from many starts.
 
     Args:
-        tokens, ppl: as many of the one as of the other, positive and finite.
         form: "ppl" or "loss": what has the floor (see `FORMS`).
 
     Raises:
-        ValueError: fewer than three different token counts, numbers that have no logarithm,
-            perplexities under 1 for form "loss", or another form.
+        ValueError: as `fit`, but three token counts; perplexities under 1 for form "loss", or
+            another form.
     """
     if form not in ("ppl", "loss"):
         raise ValueError(f'form: got {form!r}; accepted: "ppl" or "loss"')

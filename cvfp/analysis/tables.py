@@ -15,7 +15,7 @@ from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.controls import count_parameters
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.model import ContextBlock, TokenBlock
-from cvfp.result import Result
+from cvfp.result import Result, Results
 
 DESIGNS = {True: "tokens in every layer", False: "equal-decrease"}
 
@@ -123,16 +123,8 @@ def laws(laws: dict[str, PowerLaw]) -> pd.DataFrame:
 
 def record(results: Sequence[Result]) -> pd.DataFrame:
     """The runs behind a notebook, by their keys in the store."""
-    rows = [
-        {
-            "key": result.key,
-            "samples": result.experiment.samples,
-            "seed": result.experiment.seed,
-            "val_ppl": None if result.val_ppl is None else round(result.val_ppl, 2),
-        }
-        for result in results
-    ]
-    return pd.DataFrame(rows).set_index("key")
+    frame = Results(results).frame().set_index("key").astype({"val_ppl": float})
+    return frame[["samples", "seed", "val_ppl"]].round(2)
 
 
 def beside(result: Result, note: pd.Series) -> pd.DataFrame:
