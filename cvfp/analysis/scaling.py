@@ -253,7 +253,7 @@ def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
 def _least(
     form: str, tokens: Array, ppl: Array, exponent: float | None = None
 ) -> tuple[float, Array]:
-    """Fit a floor, the height above it at the largest size and, where none is given, the exponent.
+    """Fit a floor, the height above it at the largest size and, unless it is fixed, the exponent.
 
     Returns:
         The least cost, and the fitted parameters.
