@@ -804,10 +804,8 @@ def legend(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_figure_of_agreement_has_a_bar_for_each_cause(any_case: Case, beside: bool) -> None:
-    note = published.table("000_positions") if beside else None
-    figure = plots.agreement(any_case.gap, note)
+def test_figure_of_agreement_has_a_bar_for_each_cause(any_case: Case) -> None:
+    figure = plots.agreement(any_case.gap, published.table("000_positions"))
     assert isinstance(figure, matplotlib.figure.Figure)
     figure.canvas.draw()
     left, right = figure.axes
@@ -820,11 +818,10 @@ def test_figure_of_agreement_has_a_bar_for_each_cause(any_case: Case, beside: bo
     names = [label.get_text() for label in right.get_yticklabels()]
     assert names == [gap.AS_LEFT, *(gap.CAUSES[name] for name in causes)]
     assert np.allclose(left.lines[0].get_ydata(), 1 - any_case.gap.along.cosine)
-    assert len(left.lines) == 1 + beside
-    if beside:
-        places = [50, any_case.gap.tokens / 2, any_case.gap.tokens - 50]
-        assert list(left.lines[1].get_xdata()) == places
-        assert "published" in legend(left)[-1]
+    assert len(left.lines) == 2
+    places = [50, any_case.gap.tokens / 2, any_case.gap.tokens - 50]
+    assert list(left.lines[1].get_xdata()) == places
+    assert "published" in legend(left)[-1]
 
 
 def test_figure_of_forgetting_marks_the_memory_where_there_is_one(

@@ -10,10 +10,13 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import tiny_experiment
 from synthetic import SIZES, curve, judged, ladder, losses, made, slope, student
 
-from cvfp.analysis import intervals, measures, scaling, stopping
+import cvfp
+from cvfp.analysis import intervals, measures, readings, scaling, stopping, tables
 from cvfp.analysis.claims import Measurement
+from cvfp.config import PRESETS
 from cvfp.gap import AS_LEFT, Gap
 
 SOURCE = measures.Source("03_scaling", made(), samples=500, seeds=[0, 1, 2], n_jobs=None)
@@ -158,6 +161,30 @@ def test_patience_is_judged_from_500_conversations_on(samples: int, there: bool)
         expected = student([math.exp(-0.1) - 1, 0.0, math.exp(-0.2) - 1])
         assert figures(found["C10"]) == pytest.approx(expected)
         assert found["C10"].seeds == 3
+
+
+def test_a_ladder_on_tails_is_measured_without_interval() -> None:
+    """Trained with the preset `published`'s fields, but for corpus, tokeniser, table and sizes."""
+    published = {**PRESETS["published"], "embedding": "random"}
+    names = ("validation", "embedding", "weight_tying", "phase2_patience", "phase2_shuffle")
+    fields = {name: published[name] for name in names}
+    assert fields["validation"] == "tail"
+    runs = cvfp.sweep(tiny_experiment(**fields, phase2_epochs=1), samples=[2, 6], seed=[0, 1])
+    law = scaling.over_runs(runs)
+    assert law.value == pytest.approx(np.mean(law.by_seed))
+    for seed, alpha in enumerate(law.by_seed):
+        of_seed = [run for run in runs if run.experiment.seed == seed]
+        assert alpha == pytest.approx(scaling.fit(*scaling.points(of_seed)).alpha)
+    assert (law.low, law.high, law.seeds) == (None, None, 2)
+    found = measures.ladder(runs, [], SOURCE)["C6"]
+    assert figures(found) == (law.value, None, None)
+    assert tables.alpha(law)["95 % interval"]["measured"] == "–"
+    # No run has the baseline of a fitted table.
+    frame = runs.frame()
+    assert frame.table_ppl.isna().all()
+    assert len(tables.runs(frame)) == 2
+    text = readings.ladder(frame, scaling.fit(frame.train_tokens, frame.val_ppl))
+    assert "with no training token: not there with this tokeniser and table" in text
 
 
 # Designs and shapes: C1, C4, C8, C9

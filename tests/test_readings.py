@@ -22,7 +22,7 @@ from cvfp.analysis import (
     scaling,
     tables,
 )
-from cvfp.analysis.scaling import AlphaOverRuns
+from cvfp.analysis.intervals import Crossed
 
 TOKENS = 1000.0 * np.array(SIZES)
 LAW, OTHER = (scaling.fit(TOKENS, 1e4 * TOKENS**alpha) for alpha in (-0.3, -0.4))
@@ -242,11 +242,15 @@ def test_table_of_shapes() -> None:
 
 
 def test_table_of_alpha() -> None:
-    found = AlphaOverRuns(-0.31, -0.4, -0.2, 2, 20, (-0.3, -0.32))
+    found = Crossed(-0.31, -0.4, -0.2, 2, 20, (-0.3, -0.32), 0.5)
     row = cast(Any, tables.alpha(found)).loc["measured"]
     assert row.tolist() == ["-0.3100", "-0.4000 … -0.2000", 2, 20, "-0.3000, -0.3200"]
-    alone = AlphaOverRuns(-0.31, None, None, 1, 20, (-0.31,))
+    alone = Crossed(-0.31, None, None, 1, 20, (-0.31,), None)
     assert tables.alpha(alone)["95 % interval"]["measured"] == "needs two seeds"
+    # Scored on tails.
+    tails = Crossed(-0.31, None, None, 2, 0, (-0.31, -0.31), None)
+    row = cast(Any, tables.alpha(tails)).loc["measured"]
+    assert row[["95 % interval", "conversations"]].tolist() == ["–", "–"]
 
 
 def test_causes_are_added_without_the_last_update() -> None:

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from synthetic import configurations, made
 
-from cvfp import Result, Results, abort
+from cvfp import Result, Results
 from cvfp.analysis import rules
 
 ER_RULE, STALLS, NO_FALL = rules.ABORTS
@@ -31,7 +31,7 @@ def history(length: int = 25, **at_20: float) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("measured", "rule", "verdict"),
+    ("measured", "rule", "said"),
     [
         (dict(val_er=0.8001), "er", "good"),
         (dict(val_er=0.80), "er", "medium"),
@@ -49,21 +49,20 @@ def history(length: int = 25, **at_20: float) -> list[dict[str, float]]:
         (dict(val_er=0.75, train_er=0.70), "gap", "good"),
     ],
 )
-def test_borders_of_the_rules(measured: dict[str, Any], rule: str, verdict: str) -> None:
-    assert getattr(rules.verdicts(made(**measured)), rule) == verdict
+def test_borders_of_the_rules(measured: dict[str, Any], rule: str, said: str) -> None:
+    names = dict(zip(("er", "iterations", "gap"), rules.CRITERIA, strict=True))
+    call = rules.calls(made(**measured))[names[rule]]
+    assert {1: "good", 0: "medium", -1: "poor"}[call] == said
 
 
-def test_verdicts_in_words() -> None:
-    fine = rules.verdicts(made(val_er=0.81, train_er=0.82, phase1_history=history()))
-    assert fine.abort is None
-    assert fine.words() == ("effective rank good, iterations good, gap good; no reason to give up")
+def test_calls_of_a_run() -> None:
+    fine = rules.calls(made(val_er=0.81, train_er=0.82, phase1_history=history()))
+    assert list(fine.values()) == [1, 1, 1, 0, 0, 0, 0]
     rows = history(val_er=0.65)
-    poor = rules.verdicts(made(val_er=0.6, phase1_iterations=40, phase1_history=rows))
-    assert poor.abort == abort.reason(rows)
-    assert "poor" in poor.words()
-    assert "give up: effective rank 65.0% under 70%" in poor.words()
+    poor = rules.calls(made(val_er=0.6, phase1_iterations=40, phase1_history=rows))
+    assert list(poor.values()) == [-1, -1, -1, -1, 0, 0, -1]
     with pytest.raises(ValueError, match=r"^val_er: got 77"):
-        rules.verdicts(made(val_er=77.0))
+        rules.calls(made(val_er=77.0))
 
 
 def ranked(

@@ -61,13 +61,11 @@ class Claim:
         return f"below {high:g}" if math.isinf(low) else f"between {low:g} and {high:g}"
 
 
-def _claims() -> dict[str, Claim]:
-    text = files("cvfp.analysis").joinpath("claims.toml").read_text(encoding="utf-8")
-    read = tomllib.loads(text).items()
-    return {id: Claim(id, **{**row, "region": tuple(row["region"])}) for id, row in read}
-
-
-CLAIMS: Mapping[str, Claim] = _claims()
+_TEXT = files("cvfp.analysis").joinpath("claims.toml").read_text(encoding="utf-8")
+CLAIMS: Mapping[str, Claim] = {
+    id: Claim(id, **{**row, "region": tuple(row["region"])})
+    for id, row in tomllib.loads(_TEXT).items()
+}
 
 
 def known(id: str) -> str:

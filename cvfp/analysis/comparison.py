@@ -89,16 +89,14 @@ def sizes(groups: Mapping[str, Sequence[Result]]) -> list[int]:
     return sorted(shared)
 
 
-def against(
-    groups: Mapping[str, Sequence[Result]], samples: int, reference: str = CVFP
-) -> dict[str, Paired]:
-    """The change of perplexity of each kind against the reference, at one size: paired over seeds
-    and held-out conversations."""
-    theirs = at(groups[reference], samples)
+def against(groups: Mapping[str, Sequence[Result]], samples: int) -> dict[str, Paired]:
+    """The change of perplexity of each kind against CVFP, at one size: paired over seeds and
+    held-out conversations."""
+    theirs = at(groups[CVFP], samples)
     return {
         kind: intervals.paired(at(runs, samples), theirs)
         for kind, runs in groups.items()
-        if kind != reference
+        if kind != CVFP
     }
 
 
@@ -128,19 +126,13 @@ def by_bin(
     Returns:
         Columns kind, low (least value in the bin), tokens, nats.
     """
-
-    def table(kind: str) -> pd.DataFrame:
-        rows = [
-            {"low": row["low"], "tokens": row["tokens"], "nats": row["nats"] / row["tokens"]}
-            for one in at(groups[kind], samples)
-            for row in getattr(one, column)
-        ]
-        return pd.DataFrame(rows).groupby("low").mean()
-
-    base = table(reference)
-    parts = []
-    for kind in groups:
-        if kind != reference:
-            rows = table(kind)
-            parts.append(rows.assign(kind=kind, nats=rows.nats - base.nats).reset_index())
-    return pd.concat(parts, ignore_index=True)[["kind", "low", "tokens", "nats"]]
+    rows = [
+        {"kind": kind, "low": row["low"], "tokens": row["tokens"], "nats": row["nats"]}
+        for kind, results in groups.items()
+        for one in at(results, samples)
+        for row in getattr(one, column)
+    ]
+    frame = pd.DataFrame(rows).assign(nats=lambda table: table.nats / table.tokens)
+    means = frame.groupby(["kind", "low"], sort=False).mean()
+    means["nats"] -= means.nats[reference].reindex(means.index, level="low")
+    return means.drop(index=reference, level="kind").reset_index()

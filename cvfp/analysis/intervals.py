@@ -11,28 +11,45 @@ from scipy import stats
 
 from cvfp.result import Result
 
+# Of every interval.
+LEVEL = 0.95
+
 
 @dataclass(frozen=True)
-class Paired:
-    """How much the perplexity of one set of runs differs from another's.
+class Crossed:
+    """A mean over seeds and held-out conversations.
 
     Attributes:
-        change: relative change of perplexity, first against second: exp of the mean difference of
-            nats per token, minus 1. Under 0: the first is better.
-        low, high: its 95 % interval, over seeds and conversations; None with fewer than two of
-            either.
-        seeds, conversations: how many of each were paired.
-        by_seed: the change of each seed.
+        value: the mean.
+        low, high: its 95 % interval, for other seeds and other conversations; None with fewer than
+            two of either.
+        seeds, conversations: how many there are of each.
+        by_seed: the value of each seed.
         seed_share: the seeds' share of the variance; None without an interval.
     """
 
-    change: float
+    value: float
     low: float | None
     high: float | None
     seeds: int
     conversations: int
     by_seed: tuple[float, ...]
     seed_share: float | None
+
+
+class Paired(Crossed):
+    """How much the perplexity of one set of runs differs from another's: relative, exp of the mean
+    difference of nats per token, minus 1. Under 0: the first is better."""
+
+    @property
+    def change(self) -> float:
+        """The value."""
+        return self.value
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the interval, in units of relative change; None without one."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def needed(self, half_width: float) -> tuple[int, int] | None:
         """About how many seeds and conversations an interval of that half-width takes, both raised
@@ -42,24 +59,13 @@ class Paired:
         times = (self.half_width / half_width) ** 2
         return math.ceil(self.seeds * times), math.ceil(self.conversations * times)
 
-    @property
-    def half_width(self) -> float | None:
-        """Half the interval, in units of relative change; None without one."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+def student(freedom: float) -> float:
+    """Half the width of Student's 95 % interval, in standard errors."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
-def student(level: float, freedom: float) -> float:
-    """Half the width of Student's t interval, in standard errors.
-
-    Raises:
-        ValueError: a level that is not between 0 and 1.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level: got {level}; accepted: above 0 and under 1, such as 0.95")
-    return float(stats.t.ppf((1 + level) / 2, freedom))
-
-
-def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.95) -> Paired:
+def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
     """Compare runs seed by seed and conversation by conversation.
 
     Both vary by chance: another seed trains another model, other conversations score it
@@ -83,62 +89,53 @@ def paired(first: Sequence[Result], second: Sequence[Result], level: float = 0.9
         )
     pairs = [(ours[seed].val_conversations, theirs[seed].val_conversations) for seed in ours]
     tokens = np.array([one["tokens"] for one in pairs[0][0]])
-    for runs in pairs:
-        for run in runs:
-            if [one["tokens"] for one in run] != tokens.tolist():
-                raise ValueError("first, second: scored on different held-out conversations")
+    if any([one["tokens"] for one in run] != tokens.tolist() for runs in pairs for run in runs):
+        raise ValueError("first, second: scored on different held-out conversations")
     if len(tokens) == 0:
         raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
     nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
-    return _paired(nats, tokens, level)
+    mean = crossed(nats, tokens)
+    low, high = (None if end is None else math.expm1(end) for end in (mean.low, mean.high))
+    by_seed = tuple(map(math.expm1, mean.by_seed))
+    counts = mean.seeds, mean.conversations
+    return Paired(math.expm1(mean.value), low, high, *counts, by_seed, mean.seed_share)
 
 
-def _paired(nats: np.ndarray, tokens: np.ndarray, level: float) -> Paired:
-    mean, low, high, share = crossed(nats, tokens, level)
-    return Paired(
-        change=math.expm1(mean),
-        low=None if low is None else math.expm1(low),
-        high=None if high is None else math.expm1(high),
-        seeds=nats.shape[0],
-        conversations=nats.shape[1],
-        by_seed=tuple(float(x) for x in np.expm1(nats.sum(axis=1) / tokens.sum())),
-        seed_share=share,
-    )
-
-
-def crossed(
-    nats: np.ndarray, tokens: np.ndarray, level: float
-) -> tuple[float, float | None, float | None, float | None]:
-    """Mean nats per token over seeds and conversations, its interval, and the seeds' share of its
-    variance; None for the last three with fewer than two of either. See `paired`.
+def crossed(nats: np.ndarray, tokens: np.ndarray) -> Crossed:
+    """Mean nats per token over seeds and conversations; its interval is explained in `paired`.
 
     Args:
         nats: [seeds, conversations], any sum over runs that is linear in their nats.
         tokens: [conversations].
     """
-    count, conversations = nats.shape
+    seeds, conversations = nats.shape
     by_seed = nats.sum(axis=1) / tokens.sum()
     mean = float(by_seed.mean())
-    if count < 2 or conversations < 2:
-        return mean, None, None, None
-    over_seeds = float(by_seed.var(ddof=1)) / count
-    # A ratio estimator: conversations count by their tokens.
-    rest = nats.mean(axis=0) - mean * tokens
-    over_conversations = float(
-        (rest**2).sum() / tokens.sum() ** 2 * conversations / (conversations - 1)
-    )
-    variance = over_seeds + over_conversations
-    freedom = (
-        variance**2 / (over_seeds**2 / (count - 1) + over_conversations**2 / (conversations - 1))
-        if variance > 0
-        else 1.0
-    )
-    half = student(level, freedom) * math.sqrt(variance)
-    return mean, mean - half, mean + half, over_seeds / variance if variance > 0 else None
+    low = high = share = None
+    if seeds > 1 and conversations > 1:
+        over_seeds = float(by_seed.var(ddof=1)) / seeds
+        # A ratio estimator: conversations count by their tokens.
+        rest = nats.mean(axis=0) - mean * tokens
+        more = conversations - 1
+        over_conversations = float((rest**2).sum() / tokens.sum() ** 2 * conversations / more)
+        variance, freedom = over_seeds + over_conversations, 1.0
+        if variance > 0:
+            share = over_seeds / variance
+            freedom = 1 / (share**2 / (seeds - 1) + (1 - share) ** 2 / more)
+        half = student(freedom) * math.sqrt(variance)
+        low, high = mean - half, mean + half
+    return Crossed(mean, low, high, seeds, conversations, tuple(by_seed.tolist()), share)
 
 
-def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+def side(low: float | None, high: float | None) -> int | None:
+    """Where an interval lies: 1 above 0, -1 under it, 0 around it; None without an interval."""
+    if low is None or high is None:
+        return None
+    return int(low > 0) - int(high < 0)
+
+
+def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean of independent values (one a seed, say) with Student's t interval; None for one value.
 
     Raises:
@@ -150,13 +147,11 @@ def mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float | N
     centre = float(array.mean())
     if array.size == 1:
         return centre, None, None
-    half = student(level, array.size - 1) * float(stats.sem(array))
+    half = student(array.size - 1) * float(stats.sem(array))
     return centre, centre - half, centre + half
 
 
-def jackknife(
-    value: float, without: Sequence[float | None], level: float = 0.95
-) -> tuple[float | None, float | None]:
+def jackknife(value: float, without: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Interval of an estimate from the estimates that leave out one cluster each: Student's t, one
     degree of freedom less than clusters.
 
@@ -169,5 +164,5 @@ def jackknife(
     if count < 2 or len(left) < count:
         return None, None
     variance = (count - 1) / count * sum((one - value) ** 2 for one in left)
-    half = student(level, count - 1) * math.sqrt(variance)
+    half = student(count - 1) * math.sqrt(variance)
     return value - half, value + half

@@ -40,27 +40,17 @@ def measurements() -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     # Not the hidden files: they are being written.
     for path in (cache.home() / "claims").glob("[!.]*.json"):
-        found |= _read(path, path.stem)
+        found |= load(path, path.stem)
     return {id: found[id] for id in CLAIMS if id in found}
 
 
-def load(path: Path) -> dict[str, Measurement]:
-    """The measurements of a ledger, from the .json beside its page.
+def load(path: Path, id: str | None = None) -> dict[str, Measurement]:
+    """The measurements of a ledger, from the .json beside its page; `id`: that of the one claim
+    that the file is about.
 
     Raises:
         ValueError: it is not such a file.
     """
-    return _read(path)
-
-
-def _write(path: Path, rows: dict[str, Any]) -> None:
-    with cache.whole(path) as temporary:
-        text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _read(path: Path, id: str | None = None) -> dict[str, Measurement]:
-    """By claim; `id`: the file holds the measurement of this one alone."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         by_claim = dict(read) if id is None else {id: read}
@@ -71,11 +61,16 @@ def _read(path: Path, id: str | None = None) -> dict[str, Measurement]:
         ) from error
 
 
+def _write(path: Path, rows: dict[str, Any]) -> None:
+    with cache.whole(path) as temporary:
+        text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def row(claim: Claim, measurement: Measurement | None) -> dict[str, str]:
     """A claim's row of the ledger."""
-    if measurement is None:
-        measured, seeds, by = f"not run; takes {claim.takes}", "–", claim.notebook
-    else:
+    measured, seeds, by = f"not run; takes {claim.takes}", "–", claim.notebook
+    if measurement is not None:
         measured = f"{measurement.figure} ({measurement.words})"
         seeds, by = str(measurement.seeds), measurement.notebook
     return {

@@ -7,6 +7,7 @@ claim that the runs cannot measure is left out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cvfp.analysis import intervals, prediction, rules, scaling, stopping
+from cvfp.analysis import comparison, intervals, prediction, rules, scaling, stopping
 from cvfp.analysis.claims import Measurement
 from cvfp.gap import AS_LEFT, Gap
 from cvfp.result import Result, Results
@@ -60,9 +61,8 @@ def contexts(
 ) -> dict[str, Measurement]:
     """C2 and C3, from one `Gap` and one table of `gap.times` a seed."""
     cosines = [float(one.agreement.cosine_mean[AS_LEFT]) for one in gaps]
-    claims = {
-        "C2": source.over(cosines, len(gaps), f"mean over {gaps[0].tokens:,} training tokens")
-    }
+    words = f"mean over {gaps[0].tokens:,} training tokens"
+    claims = {"C2": source.over(cosines, len(gaps), words)}
     rows = [frame[frame.sequential.notna() & (frame.tokens >= C3_TOKENS)] for frame in timed]
     if rows and all(len(frame) for frame in rows):
         last = [frame.iloc[-1] for frame in rows]
@@ -70,9 +70,8 @@ def contexts(
         worst = max(float(row.difference) for row in last)
         # A fast method that is wrong does not count.
         if worst <= C3_ERROR:
-            words = (
-                f"{last[0].tokens:,.0f} tokens in blocks; largest relative difference {worst:.0e}"
-            )
+            tokens = f"{last[0].tokens:,.0f} tokens in blocks"
+            words = f"{tokens}; largest relative difference {worst:.0e}"
             claims["C3"] = source.over(ratios, len(ratios), words)
     return claims
 
@@ -89,26 +88,21 @@ def ladder(
     sizes = sorted({result.experiment.samples for result in results})
     claims = {}
     if len(sizes) > 1:
-        claims["C6"] = _alpha(results, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+        claims["C6"] = _alpha(results, source)
     if len(sizes) >= 5:
-        errors, changes = [], []
-        for runs in seeds.values():
-            left = scaling.leave_largest_out(*scaling.points(runs)).set_index("form")
-            errors.append(float(left.error["power"]))
-            alphas = scaling.windows(*scaling.points(runs)).alpha
-            changes.append(float(alphas.iloc[-1] - alphas.iloc[0]))
-        claims["C7"] = source.over(
-            errors, len(seeds), f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
-        )
+        each = [scaling.points(runs) for runs in seeds.values()]
+        left = [scaling.leave_largest_out(*points).set_index("form") for points in each]
+        errors = [float(table.error["power"]) for table in left]
+        alphas = [scaling.windows(*points).alpha for points in each]
+        changes = [float(alpha.iloc[-1] - alpha.iloc[0]) for alpha in alphas]
+        words = f"{sizes[-1]} conversations, from {len(sizes) - 1} smaller sizes"
+        claims["C7"] = source.over(errors, len(seeds), words)
         claims["C15"] = source.over(changes, len(seeds), f"windows of 4 of {len(sizes)} sizes")
-    epochs = {seed: runs[0] for seed, runs in _by_seed(fixed).items()}
-    if epochs and all(one.experiment.samples >= C10_SIZE for one in epochs.values()):
-        gains = []
-        for run in epochs.values():
-            ppl = stopping.replay(run, [1, 3]).val_ppl
-            gains.append(float(ppl[3] / ppl[1] - 1))
-        size = next(iter(epochs.values())).experiment.samples
-        claims["C10"] = source.over(gains, len(gains), f"{size} conversations")
+    if fixed and all(one.experiment.samples >= C10_SIZE for one in fixed):
+        curves = [stopping.replay(run, [1, 3]).val_ppl for run in fixed]
+        gains = [float(ppl[3] / ppl[1] - 1) for ppl in curves]
+        words = f"{fixed[0].experiment.samples} conversations"
+        claims["C10"] = source.over(gains, len(gains), words)
     first, last = (next(iter(seeds.values()))[place].train_tokens for place in (0, -1))
     if last >= C19_RATIO * first:
         changes = [100 * (runs[-1].ranks[1] - runs[0].ranks[1]) for runs in seeds.values()]
@@ -120,20 +114,14 @@ def designs(
     every: Sequence[Result], decrease: Sequence[Result], source: Source
 ) -> dict[str, Measurement]:
     """C1 and C4, from ladders of the two designs with the same sizes and seeds."""
-    ours, theirs = _largest(every), _largest(decrease)
+    size = max(result.experiment.samples for result in every)
+    ours, theirs = comparison.at(every, size), comparison.at(decrease, size)
     pair = intervals.paired(ours, theirs)
-    claims = {
-        "C1": source.measured(
-            1 + pair.change,
-            None if pair.low is None else 1 + pair.low,
-            None if pair.high is None else 1 + pair.high,
-            pair.seeds,
-            f"{ours[0].experiment.samples} conversations",
-        )
-    }
-    sizes = sorted({result.experiment.samples for result in decrease})
-    if len(sizes) > 1:
-        claims["C4"] = _alpha(decrease, source, f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}")
+    low, high = (None if end is None else 1 + end for end in (pair.low, pair.high))
+    words = f"{size} conversations"
+    claims = {"C1": source.measured(1 + pair.change, low, high, pair.seeds, words)}
+    if len({result.experiment.samples for result in decrease}) > 1:
+        claims["C4"] = _alpha(decrease, source)
     return claims
 
 
@@ -150,19 +138,12 @@ def shapes(
         if len(runs) > 1
     ]
     if slopes:
-        sizes = sorted({result.experiment.samples for result in wide})
-        claims["C8"] = source.over(
-            slopes, len(slopes), f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
-        )
+        claims["C8"] = source.over(slopes, len(slopes), _sizes(wide))
     rises = [[stopping.rise(run) for run in runs] for runs in _by_seed(overfit).values()]
-    known = [[one for one in seed if one is not None] for seed in rises]
-    if known and all(len(a) == len(b) for a, b in zip(known, rises, strict=True)):
-        size = overfit[0].experiment.samples
-        claims["C9"] = source.over(
-            [float(np.mean(seed)) for seed in known],
-            len(known),
-            f"{size} conversations, mean of both shapes",
-        )
+    if rises and not any(None in seed for seed in rises):
+        words = f"{overfit[0].experiment.samples} conversations, mean of both shapes"
+        means = np.array(rises, dtype=float).mean(axis=1).tolist()
+        claims["C9"] = source.over(means, len(means), words)
     return claims
 
 
@@ -262,47 +243,38 @@ def effect(
         values = (wide[levels[-1]] - wide[levels[0]]).tolist()
         pairs = "1 pair" if len(wide) == 1 else f"{len(wide)} pairs"
         return f"{pairs} of {{}}", *intervals.mean(values)
-    return _additive(rows, rows[field] == levels[-1], rows[others], column)
-
-
-def _additive(
-    rows: pd.DataFrame, chosen: pd.Series, others: pd.DataFrame, column: str, level: float = 0.95
-) -> tuple[str, float, float | None, float | None] | None:
-    dummies = pd.get_dummies(others.astype(str), drop_first=True, dtype=float)
-    design = np.column_stack([chosen.to_numpy(float), np.ones(len(rows)), dummies.to_numpy()])
+    dummies = pd.get_dummies(rows[others].astype(str), drop_first=True, dtype=float)
+    chosen = (rows[field] == levels[-1]).to_numpy(float)
+    design = np.column_stack([chosen, np.ones(len(rows)), dummies.to_numpy()])
     # The others may be confounded with one another, as long as the field is not with them.
     rank = int(np.linalg.matrix_rank(design))
     if np.linalg.matrix_rank(design[:, 1:]) == rank:
         return None
-    values = rows[column].to_numpy(float)
+    measured = rows[column].to_numpy(float)
     inverse = np.linalg.pinv(design, rcond=1e-10)
-    solved = inverse @ values
+    solved = inverse @ measured
     change, freedom = float(solved[0]), len(rows) - rank
     words = f"{len(rows)} {{}}, no two of which differ in this alone"
     if freedom == 0:
         return words, change, None, None
-    variance = float(((values - design @ solved) ** 2).sum()) / freedom
+    variance = float(((measured - design @ solved) ** 2).sum()) / freedom
     error = math.sqrt(variance) * float(np.linalg.norm(inverse[0]))
-    half = intervals.student(level, freedom) * error
+    half = intervals.student(freedom) * error
     return words, change, change - half, change + half
 
 
-def _alpha(results: Sequence[Result], source: Source, words: str) -> Measurement:
+def _alpha(results: Sequence[Result], source: Source) -> Measurement:
     law = scaling.over_runs(results)
-    return source.measured(law.alpha, law.low, law.high, law.seeds, words)
+    return source.measured(law.value, law.low, law.high, law.seeds, _sizes(results))
 
 
-def _largest(results: Sequence[Result]) -> list[Result]:
-    most = max(result.experiment.samples for result in results)
-    return [result for result in results if result.experiment.samples == most]
+def _sizes(results: Sequence[Result]) -> str:
+    sizes = sorted({result.experiment.samples for result in results})
+    return f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
 
 
 def _by_seed(results: Sequence[Result]) -> dict[int, list[Result]]:
     """Runs of each seed, by growing training tokens."""
-    return {
-        seed: sorted(
-            (result for result in results if result.experiment.seed == seed),
-            key=lambda result: result.train_tokens,
-        )
-        for seed in sorted({result.experiment.seed for result in results})
-    }
+    ordered = sorted(results, key=lambda one: (one.experiment.seed, one.train_tokens))
+    by_seed = itertools.groupby(ordered, lambda one: one.experiment.seed)
+    return {seed: list(runs) for seed, runs in by_seed}

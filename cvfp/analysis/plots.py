@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    PercentFormatter,
-)
+from scipy.stats import gmean
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
@@ -27,23 +23,16 @@ from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.result import Result
 
 # Okabe & Ito's palette: told apart with any colour vision.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#666666",
-)
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
 BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
     "kneser_ney": dict(color=ORANGE, marker="s", label="Kneser–Ney bigram, training tokens"),
     "table": dict(color=GREEN, marker="D", label="fitted table alone"),
     "kneser_ney_both": dict(color=PINK, marker="^", label="… fitting + training"),
     "trigram_both": dict(color=RED, marker="v", label="Kneser–Ney trigram, fitting + training"),
 }
-
-
+# Change of perplexity beyond which a kind of run is named at the edge and not drawn.
+FAR = 0.6
 BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
@@ -69,7 +58,7 @@ def _annotate(
 def _against_tokens(axes: Axes) -> None:
     """Perplexity against training tokens, both logarithmic."""
     axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
     _plain_log(axes.yaxis)
 
 
@@ -87,18 +76,13 @@ def phase1(result: Result) -> Figure:
     _annotate(left, "median token", (middle.iteration, middle.change_p50), (8, 6), BLUE)
     start = (history.iteration.iloc[0], threshold)
     _annotate(left, f"converged below {threshold:g}", start, (0, -14), RED)
-    left.set(
-        yscale="log",
-        xlabel="iteration",
-        ylabel="mean squared change of a context",
-        title="Change per iteration (band: 10–90 % of tokens)",
-    )
+    left.set(yscale="log", xlabel="iteration", ylabel="mean squared change of a context")
+    left.set_title("Change per iteration (band: 10–90 % of tokens)")
     right.plot(history.iteration, history.converged, color=BLUE, marker="o", markersize=4)
     right.axhline(result.experiment.convergence_rate, color=RED, linestyle="--")
-    right.set(
-        ylim=(-0.02, 1.04), xlabel="iteration", ylabel="tokens converged", title="Converged tokens"
-    )
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.set(ylim=(-0.02, 1.04), xlabel="iteration", ylabel="tokens converged")
+    right.set_title("Converged tokens")
+    right.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     return figure
 
 
@@ -116,12 +100,8 @@ def spectrum(result: Result) -> Figure:
         line = "-" if color == BLUE else "--"
         axes.plot(np.arange(1, len(shares) + 1), shares, line, color=color, label=label)
     axes.axhline(1 / size, color=GREY, linestyle=":", label=f"all {size} directions equal")
-    axes.set(
-        yscale="log",
-        xlabel="singular value, largest first",
-        ylabel="share of the sum",
-        title="Spectrum of the contexts",
-    )
+    axes.set(yscale="log", xlabel="singular value, largest first", ylabel="share of the sum")
+    axes.set_title("Spectrum of the contexts")
     axes.legend(fontsize=8)
     return figure
 
@@ -130,9 +110,8 @@ def phase2(result: Result) -> Figure:
     """Phase 2's curves, with the baselines that the perplexity is compared with."""
     history = pd.DataFrame(result.phase2_history)
     figure, (axes,) = _figure(1, 7, 3.8)
-    axes.plot(
-        history.epoch, history.train_ppl, color=SKY, marker="o", label="training (while learning)"
-    )
+    label = "training (while learning)"
+    axes.plot(history.epoch, history.train_ppl, color=SKY, marker="o", label=label)
     axes.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", label="validation")
     best = history[history.epoch == result.best_epoch].iloc[0]
     _points(axes, best.epoch, best.val_ppl, RED, "*", markersize=15, label="best epoch")
@@ -148,16 +127,11 @@ def phase2(result: Result) -> Figure:
 
 
 def scaling(
-    frame: pd.DataFrame,
-    law: PowerLaw,
-    published: pd.DataFrame | None = None,
-    published_law: PowerLaw | None = None,
+    frame: pd.DataFrame, law: PowerLaw, published: pd.DataFrame, published_law: PowerLaw
 ) -> Figure:
     """Perplexity against training tokens: measured, fitted, extrapolated, baselines; published
     runs in a panel of their own, since their corpus and tokeniser differ."""
-    panels = 1 if published is None else 2
-    figure, axes = _figure(panels, 5.2 * panels, 4.6)
-    left = axes[0]
+    figure, (left, right) = _figure(2, 10.4, 4.6)
     _points(left, frame.train_tokens, frame.val_ppl, BLUE, label="CVFP, measured", zorder=3)
     _law(left, law, frame.train_tokens, BLUE)
     for name, style in BASELINE_STYLE.items():
@@ -166,14 +140,11 @@ def scaling(
             means = column.groupby(frame.train_tokens).mean()
             left.plot(means.index, means, markersize=5, linewidth=1, **style)
     left.set_title("Measured here")
-    if published is not None and published_law is not None:
-        right = axes[1]
-        _points(
-            right, published.tokens, published.val_ppl, GREY, label="published (note 002)", zorder=3
-        )
-        _law(right, published_law, published.tokens, GREY)
-        right.set_title("Published: other corpus and tokeniser")
-    for one in axes:
+    label = "published (note 002)"
+    _points(right, published.tokens, published.val_ppl, GREY, label=label, zorder=3)
+    _law(right, published_law, published.tokens, GREY)
+    right.set_title("Published: other corpus and tokeniser")
+    for one in (left, right):
         _against_tokens(one)
         one.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
     return figure
@@ -198,33 +169,24 @@ def _tokens(value: float, _: int) -> str:
 
 def _plain_log(axis: Any) -> None:
     """Perplexities as plain numbers on a log axis, also between powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
-    """Parallel against exact contexts: cosine along the stream, and the error by cause.
-
-    Args:
-        published: the note's table of positions, drawn beside; None: nothing beside.
-    """
+def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
+    """Parallel against exact contexts: cosine along the stream, with note 000's table of positions,
+    and the error by cause."""
     figure, (left, right) = _figure(2, 10.5, 4.2)
     along = gap.along
     mean, worst = 1 - along.cosine, 1 - along.cosine_min
     left.fill_between(along.position, mean, worst, color=SKY, alpha=0.35)
     left.plot(along.position, mean, color=BLUE, label="measured: mean; band up to the worst")
-    if published is not None:
-        places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
-        label = "published: first, middle, last 100"
-        _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="position in the stream (token)",
-        ylabel="1 − cosine with the exact context",
-        title="Distance along the stream",
-    )
+    places = {"first": 50, "middle": gap.tokens / 2, "last": gap.tokens - 50}
+    label = "published: first, middle, last 100"
+    _points(left, published.position.map(places), 1 - published.cosine, RED, "D", label=label)
+    left.set(xscale="log", yscale="log", title="Distance along the stream")
+    left.set(xlabel="position in the stream (token)", ylabel="1 − cosine with the exact context")
     left.legend(fontsize=8, loc="upper right")
     rows = gap.agreement
     causes = [name for name in CAUSES if name in rows.index]
@@ -232,17 +194,11 @@ def agreement(gap: Gap, published: pd.DataFrame | None = None) -> Figure:
     values = [rows.mse[AS_LEFT], *(rows.mse[name] for name in causes)]
     right.barh(names, values, color=[BLUE] + [SKY] * len(causes))
     right.invert_yaxis()
-    right.bar_label(
-        right.containers[0],  # type: ignore[arg-type]
-        labels=[f" {value:.1e}" for value in values],
-        fontsize=8,
-    )
-    right.set(
-        xlabel="mean squared error against the exact contexts",
-        title="Where the difference comes from",
-        xlim=(0, max(values) * 1.22),
-    )
-    right.xaxis.set_major_locator(MaxNLocator(4))
+    labels = [f" {value:.1e}" for value in values]
+    right.bar_label(right.containers[0], labels, fontsize=8)  # type: ignore[arg-type]
+    right.set(xlabel="mean squared error against the exact contexts")
+    right.set(title="Where the difference comes from", xlim=(0, max(values) * 1.22))
+    right.xaxis.set_major_locator(ticker.MaxNLocator(4))
     right.grid(axis="y", visible=False)
     return figure
 
@@ -260,12 +216,8 @@ def forgetting(gap: Gap) -> Figure:
         left.axvline(memory, color=RED, linestyle=":")
         top = (memory, left.get_ylim()[1])
         _annotate(left, f"memory length {memory} tokens", top, (5, -14), RED)
-    left.set(
-        yscale="log",
-        xlabel="window: tokens since the context was zero",
-        ylabel="relative error",
-        title="What a window of k tokens misses",
-    )
+    left.set(xlabel="window: tokens since the context was zero", ylabel="relative error")
+    left.set(yscale="log", title="What a window of k tokens misses")
     left.legend(fontsize=8)
     label = "sweeps from zeros: largest change of a sweep"
     right.plot(windows.tokens, windows.residual, color=ORANGE, label=label)
@@ -274,13 +226,8 @@ def forgetting(gap: Gap) -> Figure:
     blocks = [residual["relative"] for residual in gap.exact.residuals]
     label = "blocks: largest change of a start"
     right.plot(range(1, len(blocks) + 1), blocks, color=GREEN, marker="D", label=label)
-    right.set(
-        yscale="log",
-        ylim=(None, 300),  # the legend is above the curves
-        xlabel="sweep",
-        ylabel="relative residual or error",
-        title="Convergence",
-    )
+    right.set(xlabel="sweep", ylabel="relative residual or error", title="Convergence")
+    right.set(yscale="log", ylim=(None, 300))  # the legend is above the curves
     right.legend(fontsize=8)
     return figure
 
@@ -296,7 +243,7 @@ def times(frame: pd.DataFrame) -> Figure:
         rows = frame[frame[column].notna()]
         axes.plot(rows.tokens, rows[column], color=color, marker=marker, label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="Time")
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
     axes.legend(fontsize=8)
     return figure
 
@@ -311,11 +258,8 @@ def by_seed(frame: pd.DataFrame, field: str, labels: Mapping[str, str]) -> Figur
         axes.plot(rows.index.map(places), rows.val_ppl, label=f"seed {seed}", **style)
         _annotate(axes, f"{seed}", (len(labels) - 1, rows.val_ppl.iloc[-1]), (8, -3))
     axes.set_xticks(list(places.values()), list(labels.values()))
-    axes.set(
-        xlim=(-0.4, len(labels) - 0.6),
-        ylabel="validation perplexity",
-        title="One line a seed (its number at the right)",
-    )
+    axes.set(xlim=(-0.4, len(labels) - 0.6), ylabel="validation perplexity")
+    axes.set_title("One line a seed (its number at the right)")
     return figure
 
 
@@ -334,12 +278,9 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
             hollow: dict[str, Any] = dict(markersize=size, markeredgewidth=2, fillstyle="none")
             label = f"chosen with patience {patience}"
             _points(one, row.best_epoch, row.val_ppl, color, marker, label=label, **hollow)
-        one.set(
-            xlabel="epoch",
-            ylabel="validation perplexity",
-            title=f"{result.experiment.samples} conversations, seed {result.experiment.seed}",
-        )
-        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        one.set(xlabel="epoch", ylabel="validation perplexity")
+        one.set_title(f"{result.experiment.samples} conversations, seed {result.experiment.seed}")
+        one.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         one.legend(fontsize=8, markerscale=0.6)
     return figure
 
@@ -386,7 +327,7 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
         # The sizes themselves: a ladder may hold no power of ten.
         one.set_xticks(sorted(frame.groupby("samples").train_tokens.first()), minor=False)
         one.set_xticks([], minor=True)
-        one.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        one.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
         one.legend(fontsize=8)
     return figure
 
@@ -409,22 +350,12 @@ def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
 def correlations(matrix: pd.DataFrame) -> Figure:
     """A correlation matrix as a heat map."""
     figure, (axes,) = _figure(1, 6.8, 5.5)
-    sns.heatmap(
-        matrix.round(2) + 0.0,  # no −0.00
-        ax=axes,
-        vmin=-1,
-        vmax=1,
-        cmap="RdBu_r",
-        annot=True,
-        fmt=".2f",
-        annot_kws={"fontsize": 7},
-        cbar_kws={"label": "Pearson's r"},
-        square=True,
-    )
+    values = matrix.round(2) + 0.0  # no −0.00
+    cells: dict[str, Any] = dict(annot=True, fmt=".2f", annot_kws={"fontsize": 7}, square=True)
+    bar = {"label": "Pearson's r"}
+    sns.heatmap(values, ax=axes, vmin=-1, vmax=1, cmap="RdBu_r", cbar_kws=bar, **cells)
     axes.set(xlabel="", ylabel="", title="Correlations over the runs")
-    axes.tick_params(axis="x", rotation=45)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
+    plt.setp(axes.get_xticklabels(), rotation=45, ha="right")
     return figure
 
 
@@ -449,6 +380,7 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
     # The best are to be seen, however far under CVFP.
     nearest = min(-0.4, *(one[0] - 0.05 for kinds in changes.values() for one in kinds.values()))
     order = sorted(changes[sizes[-1]], key=lambda kind: changes[sizes[-1]][kind][0])
+    looks = dict.fromkeys(compare.COUNTED.values(), (ORANGE, "D"))
     figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
     for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
         one.axvline(0, color=RED, linewidth=1.5)
@@ -460,22 +392,15 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
                 continue
             if low is not None and high is not None:
                 one.plot([low, high], [place] * 2, color=SKY, linewidth=3)
-            counted = kind in compare.COUNTED.values()
-            one.plot(
-                change, place, color=ORANGE if counted else BLUE, marker="D" if counted else "o"
-            )
+            _points(one, change, place, *looks.get(kind, (BLUE, "o")))
         one.set_yticks(range(len(order)), order if panel == 0 else [""] * len(order))
         ppl = _ppl(compare.at(groups[compare.CVFP], size))
-        one.set(
-            xlabel="perplexity against CVFP",
-            title=f"{size} conversations (CVFP {ppl:.0f})",
-            ylim=(len(order) - 0.5, -0.5),
-            xlim=(nearest, FAR + 0.02),
-        )
+        one.set(xlim=(nearest, FAR + 0.02), ylim=(len(order) - 0.5, -0.5))
+        one.set(xlabel="perplexity against CVFP", title=f"{size} conversations (CVFP {ppl:.0f})")
         one.set_xticks([-0.25, 0, 0.25, 0.5])
-        one.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes[0].plot([], [], color=BLUE, marker="o", linestyle="", label="trained, 95 % interval")
-    axes[0].plot([], [], color=ORANGE, marker="D", linestyle="", label="counted, no seeds")
+        one.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+    _points(axes[0], [], [], BLUE, label="trained, 95 % interval")
+    _points(axes[0], [], [], ORANGE, "D", label="counted, no seeds")
     axes[0].plot([], [], color=RED, label="CVFP")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -493,23 +418,20 @@ def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
     axes.set_yticks(range(len(named)), list(named))
     axes.set(xlabel=f"perplexity against {reference}", ylim=(len(named) - 0.5, -0.5))
     axes.margins(x=0.1)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1, " %"))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, 1, " %"))
     return figure
-
-
-FAR = 0.6
 
 
 def _changes(
     groups: Mapping[str, Sequence[Result]], size: int
 ) -> dict[str, tuple[float, float | None, float | None]]:
     """Change of perplexity against CVFP's, with its interval; none for what only counts."""
-    pairs = compare.against(groups, size)
-    runs = compare.at(groups[compare.CVFP], size)
     changes: dict[str, tuple[float, float | None, float | None]] = {
-        kind: (pair.change, pair.low, pair.high) for kind, pair in pairs.items()
+        kind: (pair.change, pair.low, pair.high)
+        for kind, pair in compare.against(groups, size).items()
     }
+    runs = compare.at(groups[compare.CVFP], size)
     for key, name in compare.COUNTED.items():
         line = runs[0].baselines[key]
         if line is not None:
@@ -519,7 +441,7 @@ def _changes(
 
 def _ppl(runs: Sequence[Result]) -> float:
     """Geometric mean over seeds, as `intervals.paired` compares them."""
-    return float(np.exp(np.mean([np.log(one.val_ppl) for one in runs if one.val_ppl])))
+    return float(gmean([one.val_ppl for one in runs if one.val_ppl]))
 
 
 def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) -> Figure:
@@ -534,13 +456,13 @@ def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) ->
     ):
         frame = compare.by_bin(kinds, samples, column, compare.ZERO)
         bins = sorted(frame.low.unique())
-        place = {low: number for number, low in enumerate(bins)}
         for kind, rows in frame.groupby("kind", sort=False):
             color, marker = _SHOWN[str(kind)]
-            places = rows.low.map(place)
+            places = rows.low.map(bins.index)
             one.plot(places, rows.nats, color=color, marker=marker, markersize=5, label=kind)
         one.axhline(0, color=GREY, linestyle=":")
-        one.set_xticks(range(len(bins)), [_bin(low, bins) for low in bins], rotation=35, ha="right")
+        names = itertools.starmap(_bin, itertools.zip_longest(bins, bins[1:]))
+        one.set_xticks(range(len(bins)), list(names), rotation=35, ha="right")
         one.set(title=title, xlabel=xlabel, ylabel="nats against zero contexts")
     axes[1].legend(**BESIDE)
     return figure
@@ -556,12 +478,10 @@ _SHOWN = {
 }
 
 
-def _bin(low: float, bins: Sequence[float]) -> str:
-    later = [other for other in bins if other > low]
-    if not later:
+def _bin(low: float, after: float | None) -> str:
+    if after is None:
         return f"{low:g}+"
-    high = min(later) - 1
-    return f"{low:g}" if high <= low else f"{low:g}–{high:g}"
+    return f"{low:g}" if after - 1 <= low else f"{low:g}–{after - 1:g}"
 
 
 def rule_scores(scores: pd.DataFrame) -> Figure:
@@ -575,7 +495,7 @@ def rule_scores(scores: pd.DataFrame) -> Figure:
     axes.set_yticks(places, rows.rule)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="right, of the runs it calls")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axes.grid(axis="y", visible=False)
     axes.legend(**BESIDE)
     return figure

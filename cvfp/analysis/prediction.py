@@ -1,7 +1,8 @@
 """From Phase 1's measures to Phase 2's perplexity: correlations and formulas (note 004).
 
 Runs are not independent: those of one configuration are alike at every size and seed. Errors and
-intervals therefore count configurations, each left out whole, and not runs.
+intervals therefore count configurations, each left out whole, and not runs. `frame` is
+`Results.frame()` throughout: one corpus, one tokeniser.
 """
 
 from __future__ import annotations
@@ -83,56 +84,44 @@ class Correlation:
     n: int
 
 
-def correlation(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Correlation:
+def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
     """Pearson's correlation with its interval.
 
     p and interval take the points as independent: give one point a configuration.
 
-    Args:
-        x, y: two equal lists of two or more finite numbers, neither constant.
-        level: of the interval.
-
     Raises:
-        ValueError: lists unequal, too short, constant or not finite; level not between 0 and 1.
+        ValueError: lists of unequal length, of fewer than two numbers, constant or not finite.
     """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
         raise ParameterError("x, y", (a.shape, b.shape), "two lists of the same length, 2 or more")
-    if not 0 < level < 1:
-        raise ParameterError("level", level, "a number between 0 and 1")
     for name, values in (("x", a), ("y", b)):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             raise ParameterError(name, values.tolist(), "finite numbers that are not all alike")
     pearson = stats.pearsonr(a, b)
     low = high = None
     if len(a) > 3:
-        low, high = map(float, pearson.confidence_interval(level))
+        low, high = map(float, pearson.confidence_interval(intervals.LEVEL))
     return Correlation(float(pearson.statistic), float(pearson.pvalue), low, high, len(a))
 
 
-def matrix(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Pearson's r of every two columns over the runs that have a perplexity.
-
-    Args:
-        frame: `Results.frame()`.
-        columns: which of `LABELS`, or other columns of numbers; None: all of `LABELS`. Those that
-            are the same in every run are left out.
+def matrix(frame: pd.DataFrame) -> pd.DataFrame:
+    """Pearson's r of every two columns of `LABELS` over the runs that have a perplexity.
 
     Returns:
-        Symmetric, labelled for reading. Runs of one configuration are alike, so that no p belongs
-        to these figures.
+        Symmetric, labelled for reading; without the columns that are the same in every run. Runs
+        of one configuration are alike, so that no p belongs to these figures.
 
     Raises:
         ValueError: a column that is not there, no numbers, or fewer than 3 runs.
     """
     runs = _runs(frame)
-    names = list(LABELS if columns is None else columns)
-    unknown = [name for name in names if name not in runs]
-    if unknown:
-        raise ParameterError("columns", unknown, f"columns of the frame, {', '.join(LABELS)}")
+    missing = [name for name in LABELS if name not in runs]
+    if missing:
+        raise ParameterError("frame", f"no columns {missing}", "Results.frame()")
     if len(runs) < 3:
         raise ParameterError("frame", f"{len(runs)} runs with a perplexity", "3 or more")
-    chosen = runs[names].astype(float)
+    chosen = runs[list(LABELS)].astype(float)
     varying = chosen.loc[:, chosen.max() > chosen.min()]
     return varying.corr().rename(index=LABELS, columns=LABELS)
 
@@ -142,9 +131,6 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 
     Runs without a perplexity are left out. Runs alike in the fields of `CONFIGURATION` are one
     configuration.
-
-    Args:
-        frame: `Results.frame()`.
 
     Returns:
         Indexed by a label such as "1 x 64, n 1, w 0.8". Columns: those of `CONFIGURATION`; sizes,
@@ -158,7 +144,7 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     runs = _runs(frame)
     rows: dict[str, dict[str, Any]] = {}
     for label, group in runs.groupby("configuration", sort=False):
-        sizes = len(group.train_tokens.unique())
+        sizes = group.train_tokens.nunique()
         law = scaling.fit(group.train_tokens, group.val_ppl) if sizes > 1 else None
         last = group[group.train_tokens == group.train_tokens.max()]
         rows[str(label)] = {
@@ -179,23 +165,15 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     """How well each formula predicts perplexity, above all of a configuration it has not seen.
 
-    All are of the form log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
-    validation contexts in percent) but the first:
-
-    - "500 − 4·ER": note 004's rule for PPL itself, nothing fitted.
-    - "published coefficients": note 004's β −0.02 and either end of its range for α; γ, which it
-      leaves open, is fitted, one for all (a γ of each configuration could predict no new one). The
-      note does not say which logarithm; natural is assumed.
-    - "tokens and ER, refitted" and "tokens only": least squares over the runs.
-    - "mean of the others": γ alone, the geometric mean of PPL: the floor.
+    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
+    validation contexts in percent) but "500 − 4·ER", note 004's rule for PPL itself. Note 004
+    leaves the γ of its coefficients open, and does not say which logarithm: natural is assumed, and
+    one γ is fitted for all (one of each configuration could predict no new one).
 
     A column that is the same in every run is left out of the fit, so that at a single size "tokens
     only" is the mean. The interval of β is a jackknife that leaves out whole configurations
     (Student's t, one degree of freedom less than configurations): the usual clustered standard
     error is too small with so few clusters, the jackknife errs on the wide side.
-
-    Args:
-        frame: `Results.frame()`: one corpus, one tokeniser; three configurations or more.
 
     Returns:
         Indexed by predictor. Columns: fitted (how many parameters), alpha, beta (log PPL per
@@ -206,9 +184,9 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
         configuration counts the same. Missing: the runs left do not determine it.
 
     Raises:
-        ValueError: a column that is not there, numbers out of range, or too few configurations.
+        ValueError: a column that is not there, numbers out of range, or under three configurations.
     """
-    runs = _several(frame)
+    runs = _runs(frame, configurations=3)
     rows = {name: _row(runs, *form) for name, form in FORMS.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("predictor")
     return table.astype(dict.fromkeys(_FIGURES, float))
@@ -239,14 +217,11 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
     Paired over configurations, Student's t. (Any two of the fits share most of their runs, so that
     the differences are not quite independent.)
 
-    Args:
-        frame: as for `predictors`.
-
     Raises:
         ValueError: as `predictors`, or the runs do not determine one of the two fits once a
             configuration is left out.
     """
-    runs = _several(frame)
+    runs = _runs(frame, configurations=3)
     errors = []
     for name in (TOKENS_ONLY, TOKENS_AND_ER):
         fixed, fitted = FORMS[name]
@@ -273,15 +248,15 @@ def _row(
     names = {"alpha": "log_tokens", "beta": "er", "gamma": "one"}
     row |= {name: coefficients.get(column) for name, column in names.items()}
     inside = _predicted(runs, coefficients)
-    row["error"] = float(_by_configuration(runs, inside).mean())
-    spread = float(((runs.log_ppl - runs.log_ppl.mean()) ** 2).sum())
+    row["error"] = _by_configuration(runs, _errors(runs, inside)).mean()
+    spread = ((runs.log_ppl - runs.log_ppl.mean()) ** 2).sum()
     if spread > 0:
-        row["r2"] = 1 - float(((runs.log_ppl - inside) ** 2).sum()) / spread
+        row["r2"] = 1 - ((runs.log_ppl - inside) ** 2).sum() / spread
     left = _left_out(runs, fixed, columns)
     if left is not None:
-        outside, fits = left
-        row["left_out_error"] = float(_by_configuration(runs, outside).mean())
-        row["left_out_worst"] = float(_errors(runs, outside).max())
+        errors, fits = left
+        row["left_out_error"] = _by_configuration(runs, errors).mean()
+        row["left_out_worst"] = errors.max()
         if "er" in columns:
             row["beta_low"], row["beta_high"] = intervals.jackknife(
                 coefficients["er"], [f["er"] for f in fits]
@@ -303,29 +278,26 @@ def _fit(
     solved, _, rank, _ = np.linalg.lstsq(runs[columns].to_numpy(), rest.to_numpy(), rcond=1e-10)
     if rank < len(columns):
         return None
-    return {**fixed, **dict(zip(columns, map(float, solved), strict=True))}
+    return {**fixed, **dict(zip(columns, solved.tolist(), strict=True))}
 
 
 def _left_out(
     runs: pd.DataFrame, fixed: Mapping[str, float], columns: list[str]
 ) -> tuple[pd.Series, list[dict[str, float]]] | None:
-    """Log PPL of each run as predicted from the other configurations, and the fits behind it; None:
+    """Error of each run as predicted from the other configurations, and the fits behind it; None:
     one of them is not determined."""
-    parts, fits = [], []
+    errors, fits = [], []
     for _, rows in runs.groupby("configuration"):
         coefficients = _fit(runs.drop(rows.index), fixed, columns)
         if coefficients is None:
             return None
-        parts.append(_predicted(rows, coefficients))
+        errors.append(_errors(rows, _predicted(rows, coefficients)))
         fits.append(coefficients)
-    return pd.concat(parts).sort_index(), fits
+    return pd.concat(errors).sort_index(), fits
 
 
 def _predicted(runs: pd.DataFrame, coefficients: Mapping[str, float]) -> pd.Series:
-    total = pd.Series(0.0, index=runs.index)
-    for name, value in coefficients.items():
-        total = total + value * runs[name]
-    return total
+    return sum((value * runs[name] for name, value in coefficients.items()), 0.0 * runs.one)
 
 
 def _errors(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
@@ -333,20 +305,12 @@ def _errors(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
     return ((predicted - runs.log_ppl).map(math.exp) - 1).abs()
 
 
-def _by_configuration(runs: pd.DataFrame, predicted: pd.Series) -> pd.Series:
+def _by_configuration(runs: pd.DataFrame, errors: pd.Series) -> pd.Series:
     """The mean error of each configuration."""
-    return _errors(runs, predicted).groupby(runs.configuration).mean()
+    return errors.groupby(runs.configuration).mean()
 
 
-def _several(frame: pd.DataFrame) -> pd.DataFrame:
-    runs = _runs(frame)
-    count = runs.configuration.nunique()
-    if count < 3:
-        raise ParameterError("frame", f"{count} configurations with a perplexity", "3 or more")
-    return runs
-
-
-def _runs(frame: pd.DataFrame) -> pd.DataFrame:
+def _runs(frame: pd.DataFrame, configurations: int = 1) -> pd.DataFrame:
     """The runs that have a perplexity, with the columns that the formulas take."""
     needed = ("train_tokens", "val_ppl", "val_er", "train_er", "phase1_iterations")
     missing = [name for name in (*CONFIGURATION, *needed) if name not in frame]
@@ -362,9 +326,13 @@ def _runs(frame: pd.DataFrame) -> pd.DataFrame:
     for name in ("val_er", "train_er"):
         if not runs[name].between(0, 1, inclusive="right").all():
             raise ParameterError(name, runs[name].tolist(), "fractions of D, above 0, up to 1")
+    labels = [label(row) for row in runs[list(CONFIGURATION)].to_dict("records")]
+    if len(set(labels)) < configurations:
+        got = f"{len(set(labels))} configurations with a perplexity"
+        raise ParameterError("frame", got, f"{configurations} or more")
     rank = 100 * runs.val_er
     return runs.assign(
-        configuration=[label(row) for row in runs[list(CONFIGURATION)].to_dict("records")],
+        configuration=labels,
         log_ppl=np.log(runs.val_ppl),
         log_tokens=np.log(runs.train_tokens),
         er=rank,

@@ -51,11 +51,9 @@ def quickstart(result: Result) -> str:
     """What one run showed, in Markdown."""
     one = result.experiment
     (_, val_er), (iterations, converged) = result.ranks, result.phase1_end
-    rank, size = val_er * one.context_dim, one.context_dim
-    done = converged >= one.convergence_rate
     fate = (
         f"stopped at iteration {iterations} with {converged:.1%} of the tokens converged"
-        if done
+        if converged >= one.convergence_rate
         else f"did not converge: {converged:.1%} after {iterations} iterations"
     )
     if result.val_ppl is None:
@@ -66,7 +64,8 @@ def quickstart(result: Result) -> str:
     lines = {k: None if v is None else v["ppl"] for k, v in result.baselines.items()}
     return "\n\n".join(
         [
-            f"**Phase 1** {fate}. The contexts of held-out text span {rank:.0f} of {size} "
+            f"**Phase 1** {fate}. The contexts of held-out text span "
+            f"{val_er * one.context_dim:.0f} of {one.context_dim} "
             f"directions by effective rank ({result.val_er:.1%}; training {result.train_er:.1%}).",
             f"**Phase 2** was best at epoch {result.best_epoch} of {last['epoch']:.0f} run: "
             f"accuracy {result.val_acc:.1%}, {result.val_bpb:.3f} bits per byte. The epoch is "
@@ -88,11 +87,9 @@ def ladder(frame: pd.DataFrame, law: PowerLaw) -> str:
         else f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}, {law.points} points"
     )
     r2 = "" if law.r2 is None else f", R² {law.r2:.3f}"
-    lines = {
-        name: None if pd.isna(last[f"{name}_ppl"]) else float(last[f"{name}_ppl"])
-        for name in ("unigram", *RIVALS)
-    }
-    falls = law.alpha < 0
+    # A baseline that no run has is no column of numbers, and none of the means.
+    ppl = {name: last.get(f"{name}_ppl") for name in ("unigram", *RIVALS)}
+    lines = {name: None if pd.isna(value) else float(value) for name, value in ppl.items()}
     capped = frame[frame.best_epoch == frame.phase2_epochs]
     cap = (
         "Every run was past its best epoch when it stopped."
@@ -101,18 +98,19 @@ def ladder(frame: pd.DataFrame, law: PowerLaw) -> str:
         f"bound: the runs of {', '.join(map(str, sorted(capped.samples.unique())))} conversations "
         "(`-p phase2_epochs` allows more)."
     )
-    shares = frame.seed.nunique()
+    seeds = frame.seed.nunique()
     return "\n\n".join(
         [
             f"**Law.** From {low:,} to {high:,} training tokens perplexity "
-            f"{'falls' if falls else 'does not fall'}, {first.val_ppl:.1f} to {last.val_ppl:.1f}: "
+            f"{'falls' if law.alpha < 0 else 'does not fall'}, "
+            f"{first.val_ppl:.1f} to {last.val_ppl:.1f}: "
             f"α = {law.alpha:.3f} ({within}{r2}), {law.per_doubling:+.1%} per doubling. A high R² "
             "on so few points says that a line fits here, not that it goes on: the extrapolated "
             f"perplexities lie up to {1e7 / high:.0f} times beyond the largest run.",
-            f"**Seeds.** {shares} seed{'s' if shares > 1 else ''}: "
+            f"**Seeds.** {seeds} seed{'s' if seeds > 1 else ''}: "
             + (
                 "the spread between seeds is not measured in this run (`-p seeds 0,1,2` does)."
-                if shares == 1
+                if seeds == 1
                 else "the table's PPL s.d. is the spread between them."
             ),
             f"**Epochs.** {cap}",
@@ -142,7 +140,7 @@ def own_parts(groups: Mapping[str, Sequence[Result]]) -> str:
     pairs = comparison.against(groups, size)
     lines = [
         f"- **{kind}**: {change(pair)}. "
-        + ("The same figures." if not any(pair.by_seed) else _side(pair.low, pair.high, *SIDES))
+        + ("The same figures." if not any(pair.by_seed) else _side(pair, *SIDES))
         for kind, pair in pairs.items()
     ]
     return "\n".join([f"Perplexity against the published parts, {size} conversations:", "", *lines])
@@ -181,14 +179,12 @@ def parallel(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
             "whatever was said before that has left the context. This is why sweeps converge, "
             "why blocks can be computed side by side, and how far the model can look back."
         )
-    if pair.low is None or pair.high is None:
-        verdict = "no interval with these runs: the difference is not judged."
-    elif pair.low > 0:
-        verdict = "training on the parallel contexts is worse, beyond chance."
-    elif pair.high < 0:
-        verdict = "training on the parallel contexts is *better*, beyond chance."
-    else:
-        verdict = "no difference can be told from chance with these runs."
+    verdict = {
+        None: "no interval with these runs: the difference is not judged.",
+        1: "training on the parallel contexts is worse, beyond chance.",
+        -1: "training on the parallel contexts is *better*, beyond chance.",
+        0: "no difference can be told from chance with these runs.",
+    }[intervals.side(pair.low, pair.high)]
     return "\n\n".join(
         [
             f"**Agreement (claim C2).** Mean cosine {whole.cosine_mean:.4f}, relative error "
@@ -235,9 +231,7 @@ def shapes(
         curves: runs of all epochs, by what they are called.
     """
     size = max(result.experiment.samples for result in every)
-    ours, theirs = (
-        [one for one in runs if one.experiment.samples == size] for runs in (every, decrease)
-    )
+    ours, theirs = (comparison.at(runs, size) for runs in (every, decrease))
     pair = paired(ours, theirs)
     ranks = [sum(one.ranks[1] for one in runs) / len(runs) for runs in (ours, theirs)]
     steeper = "wide" if wide.alpha < deep.alpha else "deep"
@@ -253,9 +247,7 @@ def shapes(
             f"**Designs (C1).** At {size} conversations tokens in every layer change perplexity by "
             f"{change(pair)} against the equal-decrease design; effective rank {ranks[0]:.1%} "
             f"against {ranks[1]:.1%}. "
-            + _side(
-                pair.low, pair.high, "Tokens in every layer are better", "Equal-decrease is better"
-            ),
+            + _side(pair, "Tokens in every layer are better", "Equal-decrease is better"),
             f"**Shapes (C8).** α = {deep.alpha:.3f} (deep) and {wide.alpha:.3f} (wide): the "
             f"{steeper} shape gains more from data here. Crossover: "
             f"{scaling.crossover(deep, wide).words()}. Slopes from a few sizes of one corpus "
@@ -266,14 +258,13 @@ def shapes(
     )
 
 
-def _side(low: float | None, high: float | None, better: str, worse: str) -> str:
-    if low is None or high is None:
-        return "One seed: no interval."
-    if high < 0:
-        return f"{better}, beyond chance."
-    if low > 0:
-        return f"{worse}, beyond chance."
-    return "No difference can be told from chance."
+def _side(pair: Paired, better: str, worse: str) -> str:
+    return {
+        None: "One seed: no interval.",
+        -1: f"{better}, beyond chance.",
+        1: f"{worse}, beyond chance.",
+        0: "No difference can be told from chance.",
+    }[intervals.side(pair.low, pair.high)]
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> str:
@@ -323,13 +314,9 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
     frame = results.frame()
     gain, table = prediction.what_er_adds(frame), prediction.by_configuration(frame)
     rule = prediction.predictors(frame).loc[prediction.RULE]
-    adds = (
-        "cannot be told from nothing"
-        if gain.low is None or gain.high is None or gain.low <= 0 <= gain.high
-        else "helps, beyond chance"
-        if gain.low > 0
-        else "hurts, beyond chance"
-    )
+    verdicts = {1: "helps, beyond chance", -1: "hurts, beyond chance"}
+    side = intervals.side(gain.low, gain.high)
+    adds = verdicts.get(side or 0, "cannot be told from nothing")
     within = "" if gain.low is None else f" (95 % interval {gain.low:+.1%} to {gain.high:+.1%})"
     said = [
         f"**ER as a predictor (C16).** Perplexity of a configuration left out is missed by "
@@ -354,16 +341,12 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
             "also differ in the choices that decide over convergence.)"
         )
     known = scores[scores.hit_rate.notna()]
-    good = known[known.low > 0]
-    poor = known[known.high < 0]
-    words = [f"{len(known)} of {len(scores)} rules call any run good or poor"]
-    if len(good):
-        words.append(f"better than chance: {', '.join(good.rule)}")
-    if len(poor):
-        words.append(f"**worse than chance**: {', '.join(poor.rule)}")
+    good, poor = known.rule[known.low > 0], known.rule[known.high < 0]
     rest = len(known) - len(good) - len(poor)
-    if rest:
-        words.append(f"not told from chance: {rest}")
+    words = [f"{len(known)} of {len(scores)} rules call any run good or poor"]
+    words += [f"better than chance: {', '.join(good)}"] if len(good) else []
+    words += [f"**worse than chance**: {', '.join(poor)}"] if len(poor) else []
+    words += [f"not told from chance: {rest}"] if rest else []
     said.append(f"**Rules (C18).** {'; '.join(words)}.")
     return "\n\n".join(said)
 
@@ -381,7 +364,7 @@ def controls(groups: Mapping[str, Sequence[Result]]) -> str:
         return paired(comparison.at(groups[first], size), comparison.at(groups[second], size))
 
     def told(pair: Paired, better: str, worse: str) -> str:
-        return f"{change(pair)}. " + _side(pair.low, pair.high, better, worse)
+        return f"{change(pair)}. {_side(pair, better, worse)}"
 
     trained = versus(comparison.CVFP, comparison.RANDOM)
     context = versus(comparison.CVFP, comparison.ZERO)
@@ -393,12 +376,9 @@ def controls(groups: Mapping[str, Sequence[Result]]) -> str:
         else f"The interval's half-width is {trained.half_width:.1%}; 1 % would take about "
         f"{more[0]} seeds and {more[1]} conversations."
     )
-    better = [kind for kind, pair in pairs.items() if pair.high is not None and pair.high < 0]
-    level = [
-        kind
-        for kind, pair in pairs.items()
-        if pair.low is None or pair.high is None or pair.low <= 0 <= pair.high
-    ]
+    sides = {kind: intervals.side(pair.low, pair.high) for kind, pair in pairs.items()}
+    better = [kind for kind, side in sides.items() if side == -1]
+    level = [kind for kind, side in sides.items() if not side]
     runs = comparison.at(groups[comparison.CVFP], size)
     ppl = sum(one.val_ppl or 0.0 for one in runs) / len(runs)
     counted = [

@@ -6,11 +6,11 @@ Shares and relative changes are fractions, effective rank is in percent.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from cvfp.analysis import prediction, published, scaling
 from cvfp.analysis.scaling import PowerLaw
@@ -18,7 +18,7 @@ from cvfp.analysis.scaling import PowerLaw
 
 def figures(id: str) -> dict[str, float]:
     """What the notes' tables give for a claim, by the names in its `Claim.recomputed`."""
-    compute = globals()[f"_{id.lower()}"]  # the functions below, one a claim
+    compute = globals().get(f"_{id.lower()}", dict)  # the functions below; C3 has no table
     return {name: float(value) for name, value in compute().items()}
 
 
@@ -58,17 +58,12 @@ def _c2() -> dict[str, float]:
     }
 
 
-def _c3() -> dict[str, float]:
-    return {}
-
-
-def _c4() -> dict[str, float]:
+def _c4() -> dict[str, Any]:
     return _ladder("001_scaling")
 
 
-def _ladder(name: str) -> dict[str, float]:
+def _ladder(name: str) -> dict[str, Any]:
     law = _law(published.table(name))
-    assert law.r2 is not None
     return {"alpha": law.alpha, "r2": law.r2, "A": law.A, "per_doubling": law.per_doubling}
 
 
@@ -88,7 +83,7 @@ def _c5() -> dict[str, float]:
     return found
 
 
-def _c6() -> dict[str, float]:
+def _c6() -> dict[str, Any]:
     ladder = _ladder("002_scaling")
     return ladder | {"A_published_ratio": 195_000 / ladder["A"]}
 
@@ -104,26 +99,20 @@ def _c7() -> dict[str, float]:
     return found
 
 
-def _c8() -> dict[str, float]:
+def _c8() -> dict[str, Any]:
     table = published.table("003_results")
     deep, wide = (_law(runs) for _, runs in table.groupby("experiment", sort=True))
     return {
-        "alpha_deep": deep.alpha,
-        "alpha_wide": wide.alpha,
-        "A_deep": deep.A,
-        "A_wide": wide.A,
-        "crossover": math.exp(math.log(deep.A / wide.A) / (wide.alpha - deep.alpha)),
-        "per_doubling_deep": deep.per_doubling,
-        "per_doubling_wide": wide.per_doubling,
+        **{f"{what}_deep": getattr(deep, what) for what in ("alpha", "A", "per_doubling")},
+        **{f"{what}_wide": getattr(wide, what) for what in ("alpha", "A", "per_doubling")},
+        "crossover": scaling.crossover(deep, wide).tokens,
     }
 
 
 def _c9() -> dict[str, float]:
-    return {
-        f"rise_{row['experiment']}_{row['samples']}": row["epoch4_val_ppl"] / row["epoch2_val_ppl"]
-        - 1
-        for row in published.table("003_overfitting").to_dict("records")
-    }
+    table = published.table("003_overfitting")
+    names = "rise_" + table.experiment + "_" + table.samples.astype(str)
+    return dict(zip(names, table.epoch4_val_ppl / table.epoch2_val_ppl - 1, strict=True))
 
 
 def _c10() -> dict[str, float]:
@@ -177,16 +166,13 @@ def _c13() -> dict[str, float]:
 def _c14() -> dict[str, float]:
     runs = _configurations()
     runs = runs[runs.num_input_tokens == 1]
-    return dict(
-        zip(runs.version + "_" + runs.context_dim.astype(str), runs.best_val_er, strict=True)
-    )
+    names = runs.version + "_" + runs.context_dim.astype(str)
+    return dict(zip(names, runs.best_val_er, strict=True))
 
 
-def _c15() -> dict[str, float]:
+def _c15() -> dict[str, Any]:
     sizes = published.table("004_window_sizes")
     first, last = _law(sizes[sizes.in_window_1]), _law(sizes[sizes.in_window_2])
-    assert first.alpha_error is not None
-    assert last.alpha_error is not None
     return {
         "alpha_first": first.alpha,
         "alpha_last": last.alpha,
@@ -217,13 +203,12 @@ def _c16() -> dict[str, float]:
 
 def _left_out(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
     """Mean relative error of each y predicted from the others: by their line, by their mean."""
-    line, mean = [], []
+    predicted = []
     for number in range(len(x)):
-        others = np.arange(len(x)) != number
-        fitted = stats.linregress(x[others], y[others])
-        line.append(abs((fitted.intercept + fitted.slope * x[number]) / y[number] - 1))
-        mean.append(abs(y[others].mean() / y[number] - 1))
-    return float(np.mean(line)), float(np.mean(mean))
+        others, left = np.delete(x, number), np.delete(y, number)
+        predicted.append((np.polyval(np.polyfit(others, left, 1), x[number]), left.mean()))
+    line, mean = np.abs(np.array(predicted) / y[:, None] - 1).mean(axis=0)
+    return float(line), float(mean)
 
 
 def _c17() -> dict[str, float]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,6 @@ from cvfp import abort as abort_rules
 from cvfp.analysis import intervals, prediction, published
 from cvfp.config import ParameterError
 from cvfp.result import Result
-
-Verdict = Literal["good", "medium", "poor"]
-CALLS: Mapping[Verdict, int] = {"good": 1, "medium": 0, "poor": -1}
 
 # Note 004's checklist, points of effective rank; the other thresholds are in its tables.
 GAP_GOOD, GAP_POOR = 2.0, 5.0
@@ -35,31 +31,12 @@ _RULES = (*CRITERIA, *ABORTS, ANY_ABORT)
 _RATES = ("hit_rate", "base_rate", "excess", "low", "high", "p")
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What note 004's rules say of a run when its Phase 1 has ended.
+def calls(result: Result) -> dict[str, int]:
+    """What each rule says of a run when its Phase 1 has ended: 1 good, -1 poor, 0 neither.
 
-    Attributes:
-        er: of the effective rank of the validation contexts: good over 80 % of D, poor under 75 %.
-        iterations: of Phase 1's count: good up to 25, poor over 30. For a run that was cut off, the
-            count it reached.
-        gap: of training minus validation effective rank: good up to 2 points, poor from 5 on.
-        abort: why Phase 1 should have been given up (`abort_rules.reason`); None: go on.
-    """
-
-    er: Verdict
-    iterations: Verdict
-    gap: Verdict
-    abort: str | None
-
-    def words(self) -> str:
-        """The same in a sentence."""
-        end = "no reason to give up" if self.abort is None else f"give up: {self.abort}"
-        return f"effective rank {self.er}, iterations {self.iterations}, gap {self.gap}; {end}"
-
-
-def verdicts(result: Result) -> Verdicts:
-    """Apply note 004's rules; the thresholds are those of its tables and checklist.
+    Validation ER is good over 80 % of D, poor under 75 %; iterations are good up to 25, poor over
+    30 (for a run that was cut off, the count it reached); the gap of training minus validation ER
+    is good up to 2 points, poor from 5 on. An abort rule says poor or nothing.
 
     Raises:
         ValueError: an effective rank that is no fraction of D, or a run without a Phase 1.
@@ -73,12 +50,18 @@ def verdicts(result: Result) -> Verdicts:
     rank = round(100 * val_er, 6)
     gap = round(100 * (train_er - val_er), 6)
     count, _ = result.phase1_end
-    return Verdicts(
-        er=_verdict(rank > rank_good, rank < rank_poor),
-        iterations=_verdict(count <= quick, count > slow),
-        gap=_verdict(gap <= GAP_GOOD, gap >= GAP_POOR),
-        abort=abort_rules.reason(result.phase1_history),
+    by_criterion = (
+        int(rank > rank_good) - int(rank < rank_poor),
+        int(count <= quick) - int(count > slow),
+        int(gap <= GAP_GOOD) - int(gap >= GAP_POOR),
     )
+    abort = abort_rules.reason(result.phase1_history)
+    reasons = (abort or "").split("; ")
+    return {
+        **dict(zip(CRITERIA, by_criterion, strict=True)),
+        **{rule: -any(one.startswith(start) for one in reasons) for rule, start in ABORTS.items()},
+        ANY_ABORT: -int(abort is not None),
+    }
 
 
 @functools.cache
@@ -93,10 +76,6 @@ def _thresholds() -> tuple[float, float, float, float]:
         float(count["optimal"]),
         float(count["ordinary"]),
     )
-
-
-def _verdict(good: bool, poor: bool) -> Verdict:
-    return "good" if good else "poor" if poor else "medium"
 
 
 def score(results: Sequence[Result]) -> pd.DataFrame:
@@ -122,7 +101,7 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
         p says how much chance is in it.
 
     Raises:
-        ValueError: no two runs of one size whose perplexities differ, or as `verdicts`.
+        ValueError: no two runs of one size whose perplexities differ, or as `calls`.
     """
     runs = pd.DataFrame(
         [
@@ -133,7 +112,7 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
                 "reached": any(
                     row["iteration"] == abort_rules.ITERATION for row in result.phase1_history
                 ),
-                **_calls(result),
+                **calls(result),
             }
             for result in results
             if result.aborted is None and result.val_ppl is not None
@@ -152,11 +131,9 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
         _outcomes(runs.assign(ppl=runs.ppl.where(runs.configuration != label)))
         for label in runs.configuration.unique()
     ]
-    aside = [
-        (len(results) - len(runs), "given up, no perplexity"),
-        (int((outcomes == 0).sum()), "at the median of the size"),
-    ]
-    common = [f"{number} {words}" for number, words in aside if number]
+    given_up, median = len(results) - len(runs), int((outcomes == 0).sum())
+    common = [f"{given_up} given up, no perplexity"] if given_up else []
+    common += [f"{median} at the median of the size"] if median else []
     rows = [
         {
             "rule": rule,
@@ -172,18 +149,6 @@ def _outcomes(runs: pd.DataFrame) -> NDArray[np.float64]:
     """1 where a run is better than the median of its size, -1 where worse, 0 where neither."""
     median = runs.groupby("tokens").ppl.transform("median")
     return np.nan_to_num(np.sign((median - runs.ppl).to_numpy(float)))
-
-
-def _calls(result: Result) -> dict[str, int]:
-    """Each rule's call: 1 good, -1 poor, 0 none."""
-    said = verdicts(result)
-    reasons = (said.abort or "").split("; ")
-    by_criterion = zip(CRITERIA, (said.er, said.iterations, said.gap), strict=True)
-    return {
-        **{rule: CALLS[verdict] for rule, verdict in by_criterion},
-        **{rule: -any(one.startswith(start) for one in reasons) for rule, start in ABORTS.items()},
-        ANY_ABORT: -int(said.abort is not None),
-    }
 
 
 def _scored(
@@ -250,13 +215,13 @@ def _remarks(runs: pd.DataFrame, rule: str, outcomes: NDArray[np.float64]) -> li
     runs, outcomes = runs[outcomes != 0], outcomes[outcomes != 0]
     said = []
     kinds = set(runs[rule])
-    calls = [name for name, number in CALLS.items() if number and number in kinds]
-    if not calls:
+    names = [name for name, call in (("good", 1), ("poor", -1)) if call in kinds]
+    if not names:
         said.append("calls no run good or poor")
     elif len(kinds) == 1:
-        said.append(f"calls every run {calls[0]}: tells nothing apart")
-    elif len(calls) == 1:
-        said.append(f"calls only {calls[0]}")
+        said.append(f"calls every run {names[0]}: tells nothing apart")
+    elif len(names) == 1:
+        said.append(f"calls only {names[0]}")
     if rule in (*ABORTS, ANY_ABORT):
         better = runs[outcomes > 0]
         said.append(

@@ -24,7 +24,7 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
         ValueError: the run itself stopped before one of the patiences would have.
     """
     history = result.phase2_history
-    rows: dict[int | str, dict[str, float]] = {}
+    rows: dict[int | str, tuple[float, ...]] = {}
     for patience in patiences:
         chosen = history[0]
         stopped = history[-1]
@@ -44,7 +44,8 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
     if len(history) == result.experiment.phase2_epochs:
         rows["none, best kept"] = _row(history[-1], best(result))
         rows["none, last kept"] = _row(history[-1], history[-1])
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("patience")
+    columns = ["stopped", "best_epoch", "val_ppl", "val_acc"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("patience")
 
 
 def best(result: Result) -> dict[str, float]:
@@ -62,10 +63,5 @@ def rise(result: Result) -> float | None:
     return None
 
 
-def _row(stopped: dict[str, float], chosen: dict[str, float]) -> dict[str, float]:
-    return {
-        "stopped": int(stopped["epoch"]),
-        "best_epoch": int(chosen["epoch"]),
-        "val_ppl": chosen["val_ppl"],
-        "val_acc": chosen["val_acc"],
-    }
+def _row(stopped: dict[str, float], chosen: dict[str, float]) -> tuple[float, ...]:
+    return int(stopped["epoch"]), int(chosen["epoch"]), chosen["val_ppl"], chosen["val_acc"]

@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike
 
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import intervals, prediction, published, scaling, stopping, style
-from cvfp.analysis.intervals import Paired, paired
-from cvfp.analysis.scaling import EXTRAPOLATION, AlphaOverRuns, PowerLaw
+from cvfp.analysis.intervals import Crossed, Paired, paired
+from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.controls import count_parameters
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.model import ContextBlock, TokenBlock
-from cvfp.result import Result
+from cvfp.result import Result, Results
 
 DESIGNS = {True: "tokens in every layer", False: "equal-decrease"}
 
@@ -123,16 +123,8 @@ def laws(laws: dict[str, PowerLaw]) -> pd.DataFrame:
 
 def record(results: Sequence[Result]) -> pd.DataFrame:
     """The runs behind a notebook, by their keys in the store."""
-    rows = [
-        {
-            "key": result.key,
-            "samples": result.experiment.samples,
-            "seed": result.experiment.seed,
-            "val_ppl": None if result.val_ppl is None else round(result.val_ppl, 2),
-        }
-        for result in results
-    ]
-    return pd.DataFrame(rows).set_index("key")
+    frame = Results(results).frame().set_index("key").astype({"val_ppl": float})
+    return frame[["samples", "seed", "val_ppl"]].round(2)
 
 
 def beside(result: Result, note: pd.Series) -> pd.DataFrame:
@@ -192,14 +184,15 @@ def agreement(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
 
 def positions(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
     """First, middle and last 100 tokens, measured beside note 000's table."""
-    both = gap.positions.join(note.set_index("position").add_suffix("_note"))
-    shown = {
-        "MSE": "mse",
-        "MSE, published": "mse_note",
-        "cosine": "cosine_mean",
-        "cosine, published": "cosine_note",
-    }
-    return style.columns(both, {name: (column, "{:.4f}") for name, column in shown.items()})
+    return style.columns(
+        gap.positions.join(note.set_index("position").add_suffix("_note")),
+        {
+            "MSE": ("mse", "{:.4f}"),
+            "MSE, published": ("mse_note", "{:.4f}"),
+            "cosine": ("cosine_mean", "{:.4f}"),
+            "cosine, published": ("cosine_note", "{:.4f}"),
+        },
+    )
 
 
 def causes(gap: Gap) -> pd.DataFrame:
@@ -260,9 +253,8 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
 def pairs(named: dict[str, Paired]) -> pd.DataFrame:
     """Paired differences of perplexity, one row each."""
     rows = {
-        name: {
-            "change of perplexity": f"{pair.change:+.1%}",
-            "95 % interval": style.interval(pair.low, pair.high, "{:+.1%}"),
+        name: dict(zip(("change of perplexity", "95 % interval"), _change(pair), strict=True))
+        | {
             "seeds": pair.seeds,
             "conversations": pair.conversations,
             "each seed": ", ".join(f"{x:+.1%}" for x in pair.by_seed),
@@ -270,6 +262,14 @@ def pairs(named: dict[str, Paired]) -> pd.DataFrame:
         for name, pair in named.items()
     }
     return style.rows(rows)
+
+
+def _change(pair: Paired | None) -> tuple[str, str]:
+    """A paired change of perplexity and its interval."""
+    if pair is None:
+        return style.MISSING, style.MISSING
+    missing = style.NO_INTERVAL if pair.seeds < 2 else style.MISSING
+    return f"{pair.change:+.1%}", style.interval(pair.low, pair.high, "{:+.1%}", missing)
 
 
 def _sizes(results: Sequence[Result]) -> dict[int, list[Result]]:
@@ -284,13 +284,11 @@ def contrast(
     rows = {}
     for size, runs in _sizes(first).items():
         others = compare.at(second, size)
-        pair = paired(runs, others)
         row = {"tokens": f"{runs[0].train_tokens:,}"}
         for name, kind in ((first_name, runs), (second_name, others)):
             row[f"PPL, {name}"] = style.mean([r.val_ppl for r in kind], "{:.1f}")
             row[f"ER %, {name}"] = style.mean([r.val_er for r in kind], "{:.1f}", 100)
-        row["change of PPL"] = f"{pair.change:+.1%}"
-        row["95 % interval"] = style.interval(pair.low, pair.high, "{:+.1%}")
+        row["change of PPL"], row["95 % interval"] = _change(paired(runs, others))
         rows[size] = row
     return style.rows(rows, "conversations")
 
@@ -321,13 +319,14 @@ def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["shape", "conversations"])
 
 
-def alpha(law: AlphaOverRuns) -> pd.DataFrame:
+def alpha(law: Crossed) -> pd.DataFrame:
     """An exponent over runs, with its interval over seeds and held-out conversations."""
+    missing = style.NO_INTERVAL if law.seeds < 2 else style.MISSING
     row = {
-        "α": f"{law.alpha:.4f}",
-        "95 % interval": style.interval(law.low, law.high, "{:.4f}"),
+        "α": f"{law.value:.4f}",
+        "95 % interval": style.interval(law.low, law.high, "{:.4f}", missing),
         "seeds": law.seeds,
-        "conversations": law.conversations,
+        "conversations": law.conversations or style.MISSING,
         "each seed": ", ".join(f"{one:.4f}" for one in law.by_seed),
     }
     return style.rows({"measured": row})
@@ -374,13 +373,15 @@ def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFram
             [one.val_ppl[name] / one.val_ppl[first] - 1 for one in replays]
         )
         against = (f"{change:+.1%}", style.interval(low, high, "{:+.1%}"))
+        if name == first:
+            against = style.MISSING, style.MISSING
         rows[name] = {
             "epochs run": style.mean([row.stopped for row in chosen], "{:.1f}"),
             "epoch chosen": style.mean([row.best_epoch for row in chosen], "{:.1f}"),
             "PPL": style.mean([row.val_ppl for row in chosen], "{:.1f}"),
             "accuracy %": style.mean([row.val_acc for row in chosen], "{:.2f}", 100),
-            f"change of PPL against {first}": style.MISSING if name == first else against[0],
-            "95 % interval": style.MISSING if name == first else against[1],
+            f"change of PPL against {first}": against[0],
+            "95 % interval": against[1],
         }
     return style.rows(rows, "patience")
 
@@ -398,20 +399,20 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
             rows[name] = {"formula": formula, "95 % interval": needed}
             continue
         law = fits[form]
+        interval = law.interval()
+        low, high = interval or (None, None)
         if isinstance(law, PowerLaw):
             exponent, limit, remark = law.alpha, style.MISSING, ""
-            low, high = law.interval() or (None, None)
         else:
             # Negative on the page, as α is: the ends change places.
             exponent, limit = -law.exponent, f"{law.limit:.1f}"
-            high, low = (None if end is None else -end for end in law.interval() or (None, None))
+            high, low = (None if end is None else -end for end in (low, high))
             remark = "floor not identified" if law.at_bound else ""
+        missing = "no end … no end" if interval else "no point to spare"
         rows[name] = {
             "formula": formula,
             "exponent": f"{exponent:.3f}",
-            "95 % interval": "no point to spare"
-            if law.interval() is None
-            else style.interval(low, high, "{:.3f}", "no end … no end"),
+            "95 % interval": style.interval(low, high, "{:.3f}", missing),
             "floor, PPL": limit,
             "R²": style.number(law.r2, "{:.4f}"),
             "error at the largest size, left out": style.number(
@@ -422,23 +423,19 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     return style.rows(rows).fillna(style.MISSING)
 
 
-def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame, size: int = 4) -> pd.DataFrame:
+def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame) -> pd.DataFrame:
     """α over windows of sizes, measured and of note 004's version v3."""
     both = {
-        "measured here": scaling.windows(tokens, ppl, size),
-        "published, note 004": scaling.windows(note.tokens, note.val_ppl, size),
+        "measured here": scaling.windows(tokens, ppl),
+        "published, note 004": scaling.windows(note.tokens, note.val_ppl),
     }
-    rows = [
-        {
-            "": name,
-            "tokens": style.interval(row["tokens_low"], row["tokens_high"], "{:,.0f}"),
-            "α": f"{row['alpha']:.3f}",
-            "95 % interval": style.interval(row["alpha_low"], row["alpha_high"], "{:.3f}"),
-        }
-        for name, table in both.items()
-        for row in table.to_dict("records")
-    ]
-    return pd.DataFrame(rows).set_index("")
+    table = pd.concat(both, names=[""]).droplevel(1)
+    rows = {
+        "tokens": map("{:,.0f} … {:,.0f}".format, table.tokens_low, table.tokens_high),
+        "α": table.alpha.map("{:.3f}".format),
+        "95 % interval": map("{:.3f} … {:.3f}".format, table.alpha_low, table.alpha_high),
+    }
+    return pd.DataFrame(rows, index=table.index)
 
 
 def configurations(frame: pd.DataFrame) -> pd.DataFrame:
@@ -503,18 +500,14 @@ def comparison(groups: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
         changes = compare.against(groups, size)
         for kind, results in groups.items():
             runs = compare.at(results, size)
-            change = changes.get(kind)
+            change, within = _change(changes.get(kind))
             rows.append(
                 {
                     "conversations": size,
                     "kind": kind,
                     "PPL": style.mean_interval([r.val_ppl for r in runs], 1),
-                    "change against CVFP": style.MISSING
-                    if change is None
-                    else f"{change.change:+.1%}",
-                    "95 % interval": style.MISSING
-                    if change is None
-                    else style.interval(change.low, change.high, "{:+.1%}"),
+                    "change against CVFP": change,
+                    "95 % interval": within,
                     "accuracy %": style.mean_interval([r.val_acc for r in runs], 2, 100),
                     "bits/byte": style.mean_interval([r.val_bpb for r in runs], 3),
                     "trained parameters": f"{compare.trained_parameters(runs[0]):,}",
