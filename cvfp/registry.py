@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cvfp import cache
-from cvfp.errors import ParameterError
+from cvfp.errors import ParameterError, shortened
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 HISTORY = ("iteration", "loss", "change", "converged")
@@ -91,7 +91,8 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
         try:
             part = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, TypeError) as error:
-            raise ParameterError(kind, name, f"a module and a name in it ({error})") from error
+            accepted = f"a module and a name in it ({shortened(str(error))})"
+            raise ParameterError(kind, name, accepted) from error
         if callable(part):
             return part
     near = difflib.get_close_matches(name, PARTS[kind], 1)
