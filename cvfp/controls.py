@@ -107,14 +107,15 @@ def end_counts(model: Predictor) -> dict[str, int]:
     return {"embedding": model.embedding.numel(), "head": head}
 
 
-def parameter_counts(model: CVFP, experiment: Experiment) -> dict[str, int]:
+def parameter_counts(model: Predictor, experiment: Experiment) -> dict[str, int]:
     """Parameters by part, those that do nothing aside: without contexts neither the ContextBlock
-    nor the columns that would read it."""
-    blocks = {"context_block": model.context_block, "token_block": model.token_block}
-    counts = {name: count_parameters(block) for name, block in blocks.items()} | end_counts(model)
-    if experiment.contexts in ("zero", "window"):
-        counts["context_block"] = 0
+    nor the columns that would read it. A peer has a body in place of the blocks."""
+    ends = end_counts(model)
+    if not isinstance(model, CVFP):
+        return {"body": count_parameters(model) - sum(ends.values()), **ends}
+    token_block = count_parameters(model.token_block)
     if experiment.contexts == "zero":
-        width = model.embedding.shape[1]
-        counts["token_block"] -= sum(model.context_widths) * width
-    return counts
+        token_block -= sum(model.context_widths) * model.embedding.shape[1]
+    unused = experiment.contexts in ("zero", "window")
+    context_block = 0 if unused else count_parameters(model.context_block)
+    return {"context_block": context_block, "token_block": token_block, **ends}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -75,8 +74,10 @@ class Stage:
         """Count `steps`; show `figures` if there are any."""
         if self.bar is not None:
             self.bar.update(steps)
-        if not figures:
-            return
+        if figures:
+            self.show(figures)
+
+    def show(self, figures: Mapping[str, float]) -> None:
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
@@ -90,12 +91,7 @@ class Stage:
             _write(f"{self.title}: {self.pending}")
         self.pending = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._flush()
         if self.bar is not None:
             self.bar.close()
