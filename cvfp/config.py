@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -60,18 +60,14 @@ class Experiment:
     dataset_config: str | None = _data(
         None, "configuration (subset) of a hub dataset; None: its only or default one"
     )
-    column: str | None = _data(
-        None, "column that holds the conversation; None: 'messages', else 'text'"
-    )
+    column: str | None = _data(None, "the conversation's column; None: 'messages', else 'text'")
     corpus_format: str | None = _data(
         None,
         "how a row is read: a registered name or 'module:function'; None: by column",
         later=True,
     )
     train_split: str = _data("train", "split the training samples come from (hub data)")
-    validation_split: str | None = _data(
-        None, "split the held-out samples come from; None: the first of train_split"
-    )
+    validation_split: str | None = _data(None, "held-out split; None: train_split's first samples")
     samples: int = _data(200, "training conversations (nested: larger holds smaller)", low=1)
     validation: Literal["held_out", "tail"] = _data(
         "held_out",
@@ -79,22 +75,14 @@ class Experiment:
         "'tail': the last 10 % of the training stream, cut off from training",
     )
     validation_samples: int = _data(20, "held-out conversations", low=1)
-    fitting_samples: int = _data(
-        500, "conversations that a fitted tokeniser or table is fitted on", low=1
-    )
-    tokenizer: str = _data(
-        "bpe", "'bpe' (fitted), or the hub id or local folder of a pretrained tokeniser"
-    )
-    vocab_size: int | None = _data(
-        4096, "vocabulary of 'bpe'; None: that of the pretrained tokeniser", low=257
-    )
+    fitting_samples: int = _data(500, "conversations to fit a tokeniser or table on", low=1)
+    tokenizer: str = _data("bpe", "'bpe' (fitted), or a pretrained one's hub id or local folder")
+    vocab_size: int | None = _data(4096, "vocabulary of 'bpe'; None: as pretrained", low=257)
     embedding: str = _data(
         "bigram",
         "'bigram', 'ppmi' (fitted), 'random', or the hub id or local folder of a pretrained model",
     )
-    embedding_dim: int | None = _data(
-        128, "E, columns of the table; None: those of the pretrained table", low=1
-    )
+    embedding_dim: int | None = _data(128, "E, width of the table; None: as pretrained", low=1)
 
     block: str = _context(
         "published",
@@ -109,10 +97,10 @@ class Experiment:
     )
 
     context_std: float = _context(
-        0.1, "initial deviation of the ContextBlock's weights on c", above=0, later=True
+        0.1, "initial std of the ContextBlock's weights on c", above=0, later=True
     )
     input_std: float = _context(
-        0.1, "initial deviation of the ContextBlock's weights on e", low=0, later=True
+        0.1, "initial std of the ContextBlock's weights on e", low=0, later=True
     )
 
     objective: str = _phase1(
@@ -121,9 +109,7 @@ class Experiment:
         "name, or 'module:function'",
         later=True,
     )
-    dist_reg_weight: float = _phase1(
-        0.8, "w, weight of the diversity term in the Phase 1 loss", low=0, high=1
-    )
+    dist_reg_weight: float = _phase1(0.8, "w, weight of the diversity term", low=0, high=1)
     phase1_learning_rate: float = _phase1(0.002, "Adam, Phase 1", above=0)
     phase1_max_iterations: int = _phase1(
         40, "most iterations, counting the initial contexts as number 1", low=2
@@ -131,9 +117,7 @@ class Experiment:
     phase1_min_iterations: int = _phase1(
         5, "convergence does not stop Phase 1 before this iteration", low=2
     )
-    phase1_noise: float = _phase1(
-        0.1, "standard deviation of the noise on the contexts read", low=0
-    )
+    phase1_noise: float = _phase1(0.1, "std of the noise on the previous contexts", low=0)
     phase1_gradient_clip: float = _phase1(1.0, "largest gradient norm", above=0)
     convergence_threshold: float = _phase1(
         0.03, "mean squared change under which a token has converged", above=0
@@ -145,9 +129,7 @@ class Experiment:
         False,
         "stop the run at Phase 1's iteration 20 where note 004's rules say so; no Phase 2 then",
     )
-    loss_group: int = _phase1(
-        8000, "consecutive tokens over which the diversity term is taken", low=2
-    )
+    loss_group: int = _phase1(8000, "consecutive tokens that share a diversity term", low=2)
 
     model: Literal["cvfp", "lstm", "transformer"] = _phase2(
         "cvfp",
@@ -156,18 +138,16 @@ class Experiment:
     )
     contexts: str = _phase2(
         "trained",
-        "what Phase 2 reads: contexts of the 'trained' ContextBlock, of the 'random' one as "
-        "initialised, 'zero'es, trained ones 'shuffled' between positions, a plain 'window' of "
-        "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1; or own "
-        "contexts: a registered name or 'module:function', no Phase 1",
+        "what Phase 2 reads: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
+        "'zero', trained ones 'shuffled' between positions, a plain 'window' of tokens, or without "
+        "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), another "
+        "registered name, 'module:function'",
     )
     token_block_std: float = _phase2(
-        0.1, "initial deviation of the TokenBlock's weights", low=0, later=True
+        0.1, "initial std of the TokenBlock's weights", low=0, later=True
     )
     window_tokens: int = _phase2(16, "tokens before the current one in a 'window'", low=1)
-    unroll: int = _phase2(
-        32, "tokens that gradients of 'end_to_end' and of the peers flow back", low=1
-    )
+    unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
     weight_tying: bool = _phase2(True, "head tied to the table; False: its own Linear")
     freeze_embedding: bool = _phase2(True, "table (and a tied head) not trained")
     training_contexts: Literal["parallel", "exact"] = _phase2(
@@ -192,7 +172,9 @@ class Experiment:
 
     def __new__(cls, **given: Any) -> Experiment:
         # The generated __init__ would name an unknown field, but not the known ones.
-        _known(given)
+        for name in given:
+            if name not in HINTS:
+                raise ParameterError(name, "an unknown field", nearest(name, HINTS))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -225,13 +207,11 @@ class Experiment:
         """
         if name not in PRESETS:
             raise ParameterError("preset", name, " or ".join(map(repr, PRESETS)))
-        _known(overrides)
-        parsed = {k: parse(v, HINTS[k]) for k, v in overrides.items() if v is not None}
+        parsed = {k: parse(v, HINTS.get(k)) for k, v in overrides.items() if v is not None}
         return cls(**{**PRESETS[name], **parsed})
 
     def replace(self, **changes: Any) -> Experiment:
         """A copy with `changes`, checked like a new Experiment."""
-        _known(changes)
         return dataclasses.replace(self, **changes)
 
     def resolved(self) -> Experiment:
@@ -302,11 +282,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def resolve_device(device: str) -> str:
     """'auto' -> the best there is; a device that is not there raises `ParameterError`."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
+    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    there = [*(name for name, one in accelerators.items() if one.is_available()), "cpu"]
     if device == "auto":
         return there[0]
     if device not in there:
@@ -322,18 +299,11 @@ def resolve_precision(precision: str, device: str) -> str:
     return "bfloat16" if ops.bfloat16_gain(device) >= ops.WORTH else "float32"
 
 
-def _known(names: Iterable[str]) -> None:
-    known = [f.name for f in fields(Experiment)]
-    for name in names:
-        if name not in known:
-            raise ParameterError(name, "an unknown field", nearest(name, known))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """What is accepted in place of an unknown name, in words: the nearest one first, then all."""
-    known = list(known)
+    every = f"one of {', '.join(known)}"
     close = difflib.get_close_matches(name, known, 1)
-    return f"{close[0]} (or one of {', '.join(known)})" if close else "one of " + ", ".join(known)
+    return f"{close[0]} (or {every})" if close else every
 
 
 def plain(value: Any) -> Any:

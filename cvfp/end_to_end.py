@@ -194,7 +194,8 @@ def train(
     """Train the model in place over the stream's lanes; keep the best epoch.
 
     A batch is `phase2_batch_size` tokens: as many lanes as that takes, `unroll` tokens of each. The
-    tokens that do not fill the lanes, fewer than there are lanes, are others in every epoch.
+    lanes start at a random token: what they leave out of the stream, fewer tokens than there are
+    lanes, differs between epochs.
 
     Raises:
         ParameterError: a stream too short for a batch.
@@ -206,26 +207,25 @@ def train(
     if lanes < 1:
         raise ParameterError("unroll", steps, f"at most the stream's {total} tokens")
     length = total // lanes
-    frozen = None
-    if not model.embedding.requires_grad:
-        frozen = TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
-
     state: State | None = None
+
+    def inputs() -> TokenInputs:
+        return TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+
+    frozen = None if model.embedding.requires_grad else inputs()
 
     def batches() -> Iterator[tuple[Tensor]]:
         nonlocal state
         first = int(torch.randint(total - lanes * length + 1, (), generator=generator))
         starts = first + length * torch.arange(lanes, device=device)
         state = None
-        for begin in range(0, length, steps):
-            along = torch.arange(begin, min(begin + steps, length), device=device)
+        for along in torch.arange(length, device=device).split(steps):
             yield (starts[:, None] + along,)
 
     def loss(positions: Tensor) -> Tensor:
         nonlocal state
         with ops.autocast(experiment.precision, device):
-            inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
-            hidden, state = read(inputs, positions, state)
+            hidden, state = read(frozen or inputs(), positions, state)
             return model.nats(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
 
     return phase2.fit(model, batches, loss, validate, experiment, report, tick, CLIP)

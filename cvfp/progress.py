@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -51,7 +52,7 @@ def _write(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Stage:
+class Stage(AbstractContextManager["Stage"]):
     """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`.
 
     Args:
@@ -66,9 +67,6 @@ class Stage:
         self.bar: Any = None
         if self.mode == "bar":
             self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, leave=False)
-
-    def __enter__(self) -> Stage:
-        return self
 
     def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         """Count `steps`; show `figures` if there are any."""

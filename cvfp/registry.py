@@ -211,8 +211,7 @@ def _collect_function(function: types.FunctionType, found: list[object], seen: A
         for module in [one for one in used.values() if isinstance(one, types.ModuleType)]:
             if not _is_library(module):
                 used |= {n: getattr(module, n) for n in attributes if hasattr(module, n)}
-    closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    used |= {name: cell.cell_contents for name, cell in closed}
+    used |= inspect.getclosurevars(function).nonlocals
     used["defaults"] = [function.__defaults__, function.__kwdefaults__]
     for name, one in sorted(used.items()):
         if not isinstance(one, types.ModuleType):
@@ -235,7 +234,7 @@ def build_objective(
     return module.to(table.device), list(module.parameters())
 
 
-def check_objective(name: str, returned: object, groups: int) -> None:
+def check_objective(name: str, returned: Any, groups: int) -> None:
     """Refuse an objective by name for what it returned.
 
     Raises:
@@ -246,13 +245,13 @@ def check_objective(name: str, returned: object, groups: int) -> None:
     def fits(one: object) -> bool:
         return isinstance(one, Tensor) and one.shape == (groups,)
 
-    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
-    losses, figures = pair
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    losses, figures = returned if pair else (returned, None)
     got = ""
-    if not isinstance(losses, Tensor) or not fits(losses):
-        got = (
-            f"losses of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else "no losses"
-        )
+    if not isinstance(losses, Tensor):
+        got = "no losses"
+    elif not fits(losses):
+        got = f"losses of shape {tuple(losses.shape)}"
     elif not losses.isfinite().all():
         got = "a loss that is not finite"
     elif not losses.requires_grad:
@@ -261,47 +260,51 @@ def check_objective(name: str, returned: object, groups: int) -> None:
         got = "figures that are not a dict of one number a group"
     elif set(figures) & set(HISTORY) or not all(isinstance(key, str) for key in figures):
         got = f"figures named {list(figures)}, where {', '.join(HISTORY)} are Phase 1's own"
-    if got:
-        accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
-        raise ValueError(f"objective: got {got} from {name!r}; accepted: {accepted}")
+    accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
+    _refuse("objective", name, got, accepted)
 
 
-def check_block(name: str, made: Any, width: int, input_dim: int) -> None:
-    """Refuse a block by name, made for D = `width`; it is initialised and run on zeros.
+def check_block(name: str, block: Any, width: int, input_dim: int) -> None:
+    """Refuse a block for D = `width` by name; it is initialised and run on zeros.
 
     Raises:
         ValueError: a missing attribute, outputs of another shape, or not finite.
     """
-    widths, got = getattr(made, "widths", None), ""
-    initialise: Any = getattr(made, "initialise", None)
-    if not isinstance(made, torch.nn.Module) or not callable(initialise):
-        got = f"a {type(made).__name__} without initialise(generator)"
-    elif getattr(made, "context_dim", None) != width:
-        got = f"context_dim {getattr(made, 'context_dim', None)}"
+    context_dim, widths = getattr(block, "context_dim", None), getattr(block, "widths", None)
+    initialise: Any = getattr(block, "initialise", None)
+    got = ""
+    if not isinstance(block, torch.nn.Module) or not callable(initialise):
+        got = f"a {type(block).__name__} without initialise(generator)"
+    elif context_dim != width:
+        got = f"context_dim {context_dim}"
     elif not isinstance(widths, (list, tuple)) or not widths or widths[-1] != width:
         got = f"widths {widths}"
     else:
         initialise(torch.Generator().manual_seed(0))
         with torch.no_grad():
-            outputs = made(torch.zeros(2, width), torch.zeros(2, input_dim))
+            outputs = block(torch.zeros(2, width), torch.zeros(2, input_dim))
         shapes = [tuple(getattr(one, "shape", ())) for one in outputs]
         if shapes != [(2, one) for one in widths]:
             got = f"outputs of shape {shapes}"
         elif not all(one.isfinite().all() for one in outputs):
             got = "outputs that are not finite"
-    if got:
-        accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
-        accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
-        raise ValueError(f"block: got {got} from {name!r}; accepted: {accepted}")
+    accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
+    accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
+    _refuse("block", name, got, accepted)
 
 
-def check_contexts(name: str, made: object, shape: tuple[int, int]) -> Tensor:
+def check_contexts(name: str, contexts: Any, shape: tuple[int, int]) -> Tensor:
     """Own contexts [T, D], without a graph.
 
     Raises:
         ValueError: another shape, or a value that is not finite.
     """
-    if isinstance(made, Tensor) and made.shape == shape and made.isfinite().all():
-        return made.detach()
-    got = f"{type(made).__name__} of shape {tuple(getattr(made, 'shape', ()))}"
-    raise ValueError(f"contexts: got {got} from {name!r}; accepted: finite contexts {shape}")
+    got = f"{type(contexts).__name__} of shape {tuple(getattr(contexts, 'shape', ()))}"
+    fits = isinstance(contexts, Tensor) and contexts.shape == shape and contexts.isfinite().all()
+    _refuse("contexts", name, "" if fits else got, f"finite contexts {shape}")
+    return contexts.detach()
+
+
+def _refuse(kind: str, name: str, got: str, accepted: str) -> None:
+    if got:
+        raise ValueError(f"{kind}: got {got} from {name!r}; accepted: {accepted}")
