@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -80,20 +80,19 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
         )
     record = store.read_run(key) if reuse and stored else None
     if record is not None:
-        # The fields that made no number (a path, say) are the caller's.
+        # The fields that are no part of the key (a path, say) are the caller's.
         result = Result.from_dict({**record, "experiment": experiment.to_dict()})
         result.from_store = True
         return result
 
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
-    if isinstance(model, Peer) or experiment.contexts == "end_to_end":
-        second, measured = _end_to_end(experiment, model, data, watch)
-    else:
-        phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
-        with Background(experiment.device) as background:
-            second, measured = _two_phases(
-                experiment, model, data, phase1_key, watch, reuse, background
-            )
+    phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
+    with Background(experiment.device) as background:
+        training = _Training(experiment, data, phase1_key, watch, reuse, background)
+        if isinstance(model, Peer) or experiment.contexts == "end_to_end":
+            second, measured = training.unrolled(model)
+        else:
+            second, measured = training.two_phases(model)
     with watch("baselines"):
         baseline_nats = _baselines(data, table)
 
@@ -139,138 +138,173 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
     return result
 
 
-def _two_phases(
-    experiment: Experiment,
-    model: CVFP,
-    data: Data,
-    key: str | None,
-    watch: Watch,
-    reuse: bool,
-    background: Background,
-) -> Trained:
-    """CVFP as it is, and the controls that differ from it in what Phase 2 reads.
+@dataclass
+class _Training:
+    """One run's training, whatever the model.
 
-    Args:
-        key: of its Phase 1 in the store; None: it is not stored.
+    Attributes:
+        phase1_key: of its Phase 1 in the store; None: it is not stored.
     """
-    device, kind = experiment.device, experiment.contexts
-    train_tokens, val_tokens = data.train.tokens.to(device), data.validation.tokens.to(device)
-    first = train_contexts = val_contexts = None
-    measured: dict[str, Any] = {}
-    if kind in ("trained", "shuffled"):
-        first, measured["phase1_from_store"] = _phase1(
-            experiment, model, train_tokens, val_tokens, key, watch, reuse, background
-        )
-        measured |= dict(
-            phase1_iterations=first.iterations,
-            converged=first.converged,
-            aborted=first.aborted,
-            phase1_history=first.history,
-        )
-    if kind in ("trained", "random", "shuffled"):
-        parallel = None if experiment.training_contexts == "exact" else first
-        with watch("contexts"):
-            train_contexts, val_contexts, figures = _measured_contexts(
-                experiment, model, train_tokens, val_tokens, parallel
+
+    experiment: Experiment
+    data: Data
+    phase1_key: str | None
+    watch: Watch
+    reuse: bool
+    background: Background
+
+    def __post_init__(self) -> None:
+        device = self.experiment.device
+        self.train_tokens = self.data.train.tokens.to(device)
+        self.val_tokens = self.data.validation.tokens.to(device)
+
+    def two_phases(self, model: CVFP) -> Trained:
+        """CVFP as it is, and the controls that differ from it in what Phase 2 reads."""
+        experiment, kind = self.experiment, self.experiment.contexts
+        first = train_contexts = val_contexts = None
+        measured: dict[str, Any] = {}
+        if kind in ("trained", "shuffled"):
+            first, measured["phase1_from_store"] = self.first_phase(model)
+            measured |= dict(
+                phase1_iterations=first.iterations,
+                converged=first.converged,
+                aborted=first.aborted,
+                phase1_history=first.history,
             )
-        measured |= figures
-    elif kind not in registry.CONTEXTS:
-        with watch("contexts"):
-            train_contexts = _own_contexts(model, train_tokens, experiment)
-            val_contexts = _own_contexts(model, val_tokens, experiment)
-            measured |= _spectra(train_contexts, val_contexts, experiment)
-    if first is not None and first.aborted is not None:
-        return None, measured
-    with watch("phase2"), _phase2_stage(experiment, data) as stage:
-        second = phase2.train(
-            controls.positions(model, train_contexts, train_tokens, experiment),
-            controls.positions(model, val_contexts, val_tokens, experiment),
-            experiment,
-            seeds.generator(experiment.seed, "batches"),
-            stage.show,
-            stage.advance,
-        )
-    return second, measured
+        if kind in ("trained", "random", "shuffled"):
+            parallel = None if experiment.training_contexts == "exact" else first
+            train_contexts, val_contexts, figures = self.measure_contexts(model, parallel)
+            measured |= figures
+        elif kind not in registry.CONTEXTS:
+            with self.watch("contexts"):
+                train_contexts = self.own_contexts(model, self.train_tokens)
+                val_contexts = self.own_contexts(model, self.val_tokens)
+                measured |= self.spectra(train_contexts, val_contexts)
+        if first is not None and first.aborted is not None:
+            return None, measured
+        with self.watch("phase2"), self.phase2_stage() as stage:
+            second = phase2.train(
+                controls.positions(model, train_contexts, self.train_tokens, experiment),
+                controls.positions(model, val_contexts, self.val_tokens, experiment),
+                experiment,
+                seeds.generator(experiment.seed, "batches"),
+                stage.show,
+                stage.advance,
+            )
+        return second, measured
 
+    def unrolled(self, model: CVFP | Peer) -> Trained:
+        """A peer, or CVFP whose ContextBlock is trained with the TokenBlock."""
+        tokens, rate = self.val_tokens, "phase2_learning_rate"
 
-def _own_contexts(model: CVFP, tokens: Tensor, experiment: Experiment) -> Tensor:
-    """The contexts [T, D] of a stream that the own part of that name returns."""
-    returned = registry.resolve("contexts", experiment.contexts)(model, tokens, experiment)
-    shape = len(tokens), experiment.context_dim
-    return registry.check_contexts(experiment.contexts, returned, shape).to(model.embedding)
+        def validate() -> phase2.Evaluation:
+            if isinstance(model, Peer):
+                return model.evaluate(tokens, self.experiment.num_input_tokens)
+            exact = exact_contexts(model.context_block, model.context_inputs(tokens), rate)
+            return phase2.evaluate(phase2.Positions(model, exact.values, tokens))
 
+        with self.watch("phase2"), self.phase2_stage() as stage:
+            second = end_to_end.train(
+                model,
+                model.read if isinstance(model, Peer) else end_to_end.unrolled(model),
+                validate,
+                self.train_tokens,
+                self.experiment,
+                seeds.generator(self.experiment.seed, "batches"),
+                stage.show,
+                stage.advance,
+            )
+        return second, {} if isinstance(model, Peer) else self.measure_contexts(model)[-1]
 
-def _end_to_end(experiment: Experiment, model: CVFP | Peer, data: Data, watch: Watch) -> Trained:
-    """A peer, or CVFP whose ContextBlock learns with the TokenBlock."""
-    device, rate = experiment.device, "phase2_learning_rate"
-    train_tokens, val_tokens = data.train.tokens.to(device), data.validation.tokens.to(device)
+    def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
+        """Phase 1 from the store, or trained and then stored in the background; and which."""
+        experiment, key = self.experiment, self.phase1_key
+        stored = store.read_phase1(key) if self.reuse and key else None
+        if stored is not None:
+            weights, mapped, record = stored
+            total, width = mapped.shape
+            rows = placement.rows(total, width, mapped.dtype, torch.device(experiment.device))
+            model.context_block.load_state_dict(weights)
+            self.watch.seconds["phase1"] = record["seconds"]
+            return phase1.Phase1(rows.copy_(mapped), **record["phase1"]), True
 
-    def validate() -> phase2.Evaluation:
-        if isinstance(model, Peer):
-            return model.evaluate(val_tokens, experiment.num_input_tokens)
-        exact = exact_contexts(model.context_block, model.context_inputs(val_tokens), rate)
-        return phase2.evaluate(phase2.Positions(model, exact.values, val_tokens))
+        history: list[dict[str, float]] = []
 
-    with watch("phase2"), _phase2_stage(experiment, data) as stage:
-        second = end_to_end.train(
-            model,
-            model.read if isinstance(model, Peer) else end_to_end.unrolled(model),
-            validate,
-            train_tokens,
-            experiment,
-            seeds.generator(experiment.seed, "batches"),
-            stage.show,
-            stage.advance,
-        )
-    if isinstance(model, Peer):
-        return second, {}
-    with watch("contexts"):
-        return second, _measured_contexts(experiment, model, train_tokens, val_tokens)[-1]
+        def follow(row: dict[str, float]) -> str | None:
+            history.append(row)
+            stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
+            if row["iteration"] != abort.ITERATION:
+                return None
+            exact = contexts.evaluate(model.context_block, model.context_inputs(self.val_tokens))
+            if exact.converged:
+                spectrum = metrics.singular_values(exact.values)
+                row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
+            return abort.reason(history) if experiment.phase1_abort else None
 
+        total = experiment.phase1_max_iterations - 1
+        with self.watch("phase1"), Stage("Phase 1", total, every=10) as stage:
+            first = phase1.train(
+                model.context_block,
+                model.context_inputs(self.train_tokens),
+                experiment,
+                seeds.generator(experiment.seed, "phase1", experiment.device),
+                report=follow,
+            )
+        if key:
+            block = model.context_block.state_dict()
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in block.items()}
+            plain = {f.name: getattr(first, f.name) for f in fields(first) if f.name != "contexts"}
+            record = {"phase1": plain, "seconds": self.watch.seconds["phase1"]}
+            self.background.submit(store.write_phase1, key, weights, first.contexts, record)
+        return first, False
 
-def _measured_contexts(
-    experiment: Experiment,
-    model: CVFP,
-    train_tokens: Tensor,
-    val_tokens: Tensor,
-    parallel: phase1.Phase1 | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Training contexts, Phase 1's `parallel` ones or exact; exact validation contexts; figures."""
-    block, inputs = model.context_block, model.context_inputs(val_tokens)
-    exact = exact_contexts(block, inputs)
-    recurrence = diagnose(block, inputs, exact.values)
-    if parallel is not None:
-        train_contexts = parallel.contexts
-    else:
-        train_contexts = exact_contexts(block, model.context_inputs(train_tokens)).values
-    figures = _spectra(train_contexts, exact.values, experiment) | dict(
-        context_sweeps=exact.sweeps,
-        context_error=exact.error_bound if math.isfinite(exact.error_bound) else None,
-        contraction_rate=recurrence.contraction_rate,
-        memory_length=recurrence.memory_length,
-    )
-    return train_contexts, exact.values, figures
+    def measure_contexts(
+        self, model: CVFP, parallel: phase1.Phase1 | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Training contexts, Phase 1's `parallel` ones or exact; exact validation contexts; their
+        figures."""
+        with self.watch("contexts"):
+            block, inputs = model.context_block, model.context_inputs(self.val_tokens)
+            exact = exact_contexts(block, inputs)
+            recurrence = diagnose(block, inputs, exact.values)
+            if parallel is not None:
+                train = parallel.contexts
+            else:
+                train = exact_contexts(block, model.context_inputs(self.train_tokens)).values
+            figures = self.spectra(train, exact.values) | dict(
+                context_sweeps=exact.sweeps,
+                context_error=exact.error_bound if math.isfinite(exact.error_bound) else None,
+                contraction_rate=recurrence.contraction_rate,
+                memory_length=recurrence.memory_length,
+            )
+        return train, exact.values, figures
 
+    def own_contexts(self, model: CVFP, tokens: Tensor) -> Tensor:
+        """The contexts [T, D] of a stream that the own part of that name returns."""
+        name, shape = self.experiment.contexts, (len(tokens), self.experiment.context_dim)
+        returned = registry.resolve("contexts", name)(model, tokens, self.experiment)
+        return registry.check_contexts(name, returned, shape).to(model.embedding)
 
-def _spectra(train: Tensor, validation: Tensor, experiment: Experiment) -> dict[str, Any]:
-    """Singular values of contexts, and their effective rank as a fraction of D."""
-    figures: dict[str, Any] = {}
-    for name, values in (("train", train), ("val", validation)):
-        spectrum = metrics.singular_values(values, experiment.device)
-        figures[f"{name}_spectrum"] = spectrum.tolist()
-        figures[f"{name}_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
-    return figures
+    def spectra(self, train: Tensor, validation: Tensor) -> dict[str, Any]:
+        """Singular values of contexts, and their effective rank as a fraction of D."""
+        figures: dict[str, Any] = {}
+        for name, values in (("train", train), ("val", validation)):
+            spectrum = metrics.singular_values(values, self.experiment.device)
+            figures[f"{name}_spectrum"] = spectrum.tolist()
+            rank = metrics.effective_rank(spectrum)
+            figures[f"{name}_er"] = rank / self.experiment.context_dim
+        return figures
 
-
-def _phase2_stage(experiment: Experiment, data: Data) -> Stage:
-    return Stage("Phase 2", experiment.phase2_epochs * len(data.train), unit="tok")
+    def phase2_stage(self) -> Stage:
+        tokens = self.experiment.phase2_epochs * len(self.data.train)
+        return Stage("Phase 2", tokens, unit="tok")
 
 
 def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, embeddings.Table]:
-    """Token streams and embedding table of an Experiment, made or from the cache.
+    """Token streams and embedding table of an Experiment, computed or from the cache.
 
     Raises:
-        ParameterError: a field that does not fit the data; whatever can be wrong shows here.
+        ParameterError: a field that does not fit the data; nothing of the data is refused later.
     """
     watch = watch or Watch(experiment.device)
     with watch("data"):
@@ -303,69 +337,16 @@ def exact_contexts(
 
 
 def _baselines(data: Data, table: embeddings.Table) -> dict[str, float | None]:
-    """What `baselines.evaluate` gives; kept with the data and the table, for all runs on them."""
+    """What `baselines.evaluate` returns, stored for all runs on the same data and table."""
     model = table.bigram
     weights = [] if model is None else [model.table, model.weight, model.bias]
     code = cache.code_fingerprint("baselines", "embeddings")
     key = cache.digest(data.fingerprint, *weights, code)
-    kept = store.read_baselines(key)
-    if kept is None:
-        kept = baselines.evaluate(data, model)
-        store.write_baselines(key, kept)
-    return kept
-
-
-def _phase1(
-    experiment: Experiment,
-    model: CVFP,
-    tokens: Tensor,
-    val_tokens: Tensor,
-    key: str | None,
-    watch: Watch,
-    reuse: bool,
-    background: Background,
-) -> tuple[phase1.Phase1, bool]:
-    """Phase 1 trained into `model` and being stored in the background, or taken from the store;
-    and whether it was."""
-    kept = store.read_phase1(key) if reuse and key else None
-    if kept is not None:
-        weights, mapped, record = kept
-        total, width = mapped.shape
-        rows = placement.rows(total, width, mapped.dtype, torch.device(experiment.device))
-        made = phase1.Phase1(rows.copy_(mapped), **record["phase1"])
-        model.context_block.load_state_dict(weights)
-        watch.seconds["phase1"] = record["seconds"]
-        return made, True
-
-    history: list[dict[str, float]] = []
-
-    def follow(row: dict[str, float]) -> str | None:
-        history.append(row)
-        stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
-        if row["iteration"] != abort.ITERATION:
-            return None
-        exact = contexts.evaluate(model.context_block, model.context_inputs(val_tokens))
-        if exact.converged:
-            spectrum = metrics.singular_values(exact.values)
-            row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
-        return abort.reason(history) if experiment.phase1_abort else None
-
-    total = experiment.phase1_max_iterations - 1
-    with watch("phase1"), Stage("Phase 1", total, every=10) as stage:
-        made = phase1.train(
-            model.context_block,
-            model.context_inputs(tokens),
-            experiment,
-            seeds.generator(experiment.seed, "phase1", experiment.device),
-            report=follow,
-        )
-    record = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "contexts"}
-    record = {"phase1": record, "seconds": watch.seconds["phase1"]}
-    block = model.context_block.state_dict()
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in block.items()}
-    if key:
-        background.submit(store.write_phase1, key, weights, made.contexts, record)
-    return made, False
+    nats = store.read_baselines(key)
+    if nats is None:
+        nats = baselines.evaluate(data, model)
+        store.write_baselines(key, nats)
+    return nats
 
 
 def _of_phase2(second: phase2.Phase2, data: Data) -> dict[str, Any]:
