@@ -8,6 +8,7 @@ import difflib
 import math
 import operator
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,7 @@ class Experiment:
     )
     contexts: str = _phase2(
         "trained",
-        "what Phase 2 reads: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
+        "input of Phase 2: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
         "'zero', trained ones 'shuffled' between positions, a plain 'window' of tokens, or without "
         "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), another "
         "registered name, 'module:function'",
@@ -164,10 +165,10 @@ class Experiment:
         "auto", "'auto': the fastest that this machine has"
     )
     precision: Literal["auto", "float32", "bfloat16"] = _run(
-        "auto", "'auto': bfloat16 where its products are faster here, else float32"
+        "auto", "'auto': bfloat16 where matrix products are faster in it here, else float32"
     )
     ops: Literal["auto", "plain"] = _run(
-        "auto", "'auto': the fastest form of each formula; 'plain': as it reads", later=True
+        "auto", "'auto': the fastest form of each formula; 'plain': its definition", later=True
     )
 
     def __new__(cls, **given: Any) -> Experiment:
@@ -293,7 +294,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """'auto' -> 'bfloat16' where this machine takes products in it faster, else 'float32'."""
+    """'auto' -> 'bfloat16' where matrix products are faster in it here, else 'float32'."""
     if precision != "auto":
         return precision
     return "bfloat16" if ops.bfloat16_gain(device) >= ops.WORTH else "float32"
@@ -326,10 +327,8 @@ def parse(value: Any, hint: Any) -> Any:
     if bool in types and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if int in types or float in types:
-        try:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return value
     return value
 
 

@@ -1,9 +1,9 @@
 """Models trained end to end by truncated backpropagation: the ContextBlock as a plain recurrent
 network, and the peers that a user would pick instead, an LSTM and a small GPT-2.
 
-The stream is cut into lanes that are read side by side, `unroll` tokens at a time; the state is
-carried on and gradients are not. All of them read normalised rows of the table, as CVFP does, and
-predict through the same head.
+The stream is cut into lanes, a batch of sequences, `unroll` tokens at a time; the state is carried
+over and gradients are not. All of them have CVFP's inputs, normalised rows of the table, and its
+head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLIP = 1.0
 HEADS = 4
 BLOCKS = 2
 MATCH = 0.05
-LONGEST = 4096  # tokens of a stream that an LSTM reads at once when it is scored
+LONGEST = 4096  # tokens in a piece of a stream that is evaluated
 
 State = tuple[Tensor, ...]
 # Positions [B, S] of a stream, and the state after those before -> h [B, S, E], and the state after
@@ -44,8 +44,8 @@ class Peer(Predictor):
         raise NotImplementedError
 
     def pieces(self, positions: Tensor) -> Iterable[Tensor]:
-        """All positions [T] of a stream as `read` takes them, [B, S] each; it may go on repeating
-        the last."""
+        """All positions [T] of a stream, cut for `read` into [B, S] each; the last cut may be
+        padded with repeats of the last position."""
         raise NotImplementedError
 
     @torch.no_grad()

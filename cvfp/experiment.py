@@ -43,16 +43,16 @@ from cvfp.version import __version__
 from cvfp.watch import Background, Watch, device_name
 
 VERSIONS = ("torch", "numpy", "tokenizers")
-# Phase 2, if there was one, and the Result's figures of the rest.
+# Phase 2, if there was one, and the Result's other figures by name.
 Trained = tuple[phase2.Phase2 | None, dict[str, Any]]
 
 
 def run(experiment: Experiment, *, reuse: bool = True) -> Result:
-    """An Experiment, both phases of it where it has two, measured and stored; the same Experiment
-    returns at once.
+    """Train and evaluate what the Experiment describes, and store the Result; the same Experiment
+    returns it at once.
 
     Args:
-        reuse: take a finished run or Phase 1 from the store; False measures anew, and stores.
+        reuse: load a finished run or Phase 1 from the store; False: train again, and store.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data, before any training.
@@ -69,9 +69,9 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
     data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
-    untold = [kind for kind, one in registry.sources(experiment).items() if one is None]
-    stored = not untold
-    for kind in untold:
+    unread = [kind for kind, one in registry.sources(experiment).items() if one is None]
+    stored = not unread
+    for kind in unread:
         part = f"{kind} {getattr(experiment, kind)!r}"
         warnings.warn(
             f"{part}: its source, or that of what it names, cannot be read, so this run is neither "
@@ -159,7 +159,7 @@ class _Training:
         self.val_tokens = self.data.validation.tokens.to(device)
 
     def two_phases(self, model: CVFP) -> Trained:
-        """CVFP as it is, and the controls that differ from it in what Phase 2 reads."""
+        """CVFP, and the controls that differ from it in the contexts of Phase 2."""
         experiment, kind = self.experiment, self.experiment.contexts
         first = train_contexts = val_contexts = None
         measured: dict[str, Any] = {}

@@ -1,10 +1,10 @@
 """Why Phase 1's parallel contexts are not the exact ones: each cause alone (claims C2, C3).
 
 The contexts that Phase 1 leaves differ from those of its final weights, evaluated token by token,
-for three reasons: the noise that training adds, the weights that have moved on since each
-iteration, and the window, since k sweeps can see k tokens only; and, for the first few tokens, the
-ring in which token 0 reads the last. Each is brought about alone here, on the same tokens, and
-measured against the exact contexts.
+for four reasons: the noise that training adds; the weights, updated since each iteration; the
+window, since k sweeps see k tokens only; and, for the first few tokens, the ring in which token 0
+reads the last. Each cause is reproduced alone here, on the same tokens, and measured against the
+exact contexts.
 """
 
 from __future__ import annotations
@@ -142,12 +142,8 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     block.load_state_dict(final)
 
     total = len(inputs)
-    middle = (total - POSITIONS) // 2
-    parts = {
-        "first": slice(0, POSITIONS),
-        "middle": slice(middle, middle + POSITIONS),
-        "last": slice(total - POSITIONS, total),
-    }
+    starts = {"first": 0, "middle": (total - POSITIONS) // 2, "last": total - POSITIONS}
+    parts = [slice(start, start + POSITIONS) for start in starts.values()]
     return Gap(
         experiment=exp,
         tokens=total,
@@ -156,7 +152,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         recurrence=diagnose(block, inputs, right),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
         positions=pd.DataFrame(
-            [agreement(left[part], right[part]) for part in parts.values()], index=list(parts)
+            [agreement(left[part], right[part]) for part in parts], index=list(starts)
         ),
         along=_along(left, right),
         clean=_clean(block, inputs, left, right, sweeps),

@@ -14,7 +14,7 @@ def generate(
     """`prompt` and its continuation; the state is one context vector and n tokens.
 
     Args:
-        temperature: divides the logits before sampling; 0 takes the likeliest token.
+        temperature: divides the logits before sampling; 0: always the likeliest token.
 
     Raises:
         ValueError: no tokeniser, a prompt without tokens, or a number out of range.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cvfp.result import Result
 
 FIELDS = [field.name for field in fields(Experiment)]
-# `varies` of a notebook that reads Phase 1 and perplexity of all its runs.
+# `varies` of a notebook whose runs must all have a Phase 1 and a perplexity.
 CVFP_ONLY = {
     "model": "every run here has a Phase 1; 06_controls has the other models",
     "contexts": "every run here has a Phase 1; 06_controls has the other contexts",

@@ -60,7 +60,7 @@ class Stage(AbstractContextManager["Stage"]):
     """
 
     def __init__(self, title: str, total: int, unit: str = "it", every: int = 1) -> None:
-        self.title, self.total, self.every = title, total, every
+        self.title, self.every = title, every
         self.mode = mode()
         self.calls = 0
         self.pending: str | None = None

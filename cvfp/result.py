@@ -159,7 +159,7 @@ def column_docs() -> dict[str, str]:
         "val_acc": "validation top-1 accuracy, fraction",
         "val_bpb": "validation bits per byte of UTF-8 text",
         "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
-        "train_er": "effective rank of the training contexts that Phase 2 reads, fraction of D",
+        "train_er": "effective rank of Phase 2's training contexts, fraction of D",
         "val_er": "effective rank of the exact validation contexts, fraction of D",
         "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
         "converged": "fraction of training tokens converged at the last iteration",

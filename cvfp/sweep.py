@@ -69,14 +69,11 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
             )
         for result in finished:
             results.append(result)
-            stage.advance(1, _figures(result, grid))
+            row = result.row()
+            shown = {name: row[name] for name in (*grid, "val_ppl")}
+            numbers = {k: v for k, v in shown.items() if isinstance(v, (int, float))}
+            stage.advance(1, numbers)
     return results
-
-
-def _figures(result: Result, grid: Iterable[str]) -> dict[str, float]:
-    values = {name: getattr(result.experiment, name) for name in grid}
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    return numbers if result.val_ppl is None else {**numbers, "val_ppl": result.val_ppl}
 
 
 def _run_one(experiment: Experiment) -> Result:

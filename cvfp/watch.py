@@ -77,6 +77,4 @@ def _peak_resident_mib() -> float:
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return ops.processor()
+    return torch.cuda.get_device_name() if device == "cuda" else ops.processor()
