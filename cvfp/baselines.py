@@ -1,19 +1,23 @@
 """Baselines for every perplexity: language models without CVFP on the same tokens.
 
-Probabilities are exact: float64, summing to one over the vocabulary, tested against loops. Own
-code, since no library was found that has Kneser-Ney with exact values at array speed.
+Probabilities are exact: float64, summing to one over the vocabulary. Own code, since no library was
+found that has Kneser-Ney with exact values at array speed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cvfp.data import Data, Stream
+from cvfp.data import Data
 from cvfp.embeddings import BigramLM
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 NAMES = {
     "unigram": "unigram, training tokens",
@@ -30,38 +34,25 @@ def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
 
     None: not available, without a table fitted as a language model or without a fitting set.
     """
-    target = data.validation.tokens
-    train, fitting = _samples(data.train), _samples(data.fitting)
-
-    def kneser_ney(streams: list[Tensor], order: int) -> float:
-        return _mean(kneser_ney_nats(streams, target, data.vocab_size, order))
-
-    both = fitting + train
-    return {
-        "unigram": _mean(unigram_nats(train, target, data.vocab_size)),
-        "kneser_ney": kneser_ney(train, 2),
-        "table": None if bigram is None else float(bigram.nats(target).mean()),
-        "kneser_ney_both": kneser_ney(both, 2) if fitting else None,
-        "trigram": kneser_ney(train, 3),
-        "trigram_both": kneser_ney(both, 3) if fitting else None,
+    target, size = data.validation.tokens, data.vocab_size
+    # Whole streams: CVFP's contexts cross the borders of conversations, so n-grams may, too.
+    train, both = [data.train.tokens], [data.fitting.tokens, data.train.tokens]
+    nats: dict[str, Any] = {
+        "unigram": unigram_nats(train, target, size),
+        "kneser_ney": kneser_ney_nats(train, target, size),
+        "table": None if bigram is None else bigram.nats(target),
+        "kneser_ney_both": kneser_ney_nats(both, target, size) if len(data.fitting) else None,
+        "trigram": kneser_ney_nats(train, target, size, order=3),
+        "trigram_both": kneser_ney_nats(both, target, size, order=3) if len(data.fitting) else None,
     }
-
-
-def _samples(stream: Stream) -> list[Tensor]:
-    """One tensor for the stream: CVFP's contexts cross sample borders, so n-grams may, too."""
-    return [stream.tokens] if len(stream) else []
-
-
-def _mean(nats: Floats) -> float:
-    return float(nats.mean())
+    return {name: None if one is None else float(one.mean()) for name, one in nats.items()}
 
 
 def unigram_nats(streams: list[Tensor], target: Tensor, vocab_size: int) -> Floats:
     """Add-one-smoothed unigram: nats of tokens 1 … T-1 of `target`."""
-    counts = np.bincount(np.concatenate([s.numpy() for s in streams]), minlength=vocab_size)
-    probabilities = (counts + 1) / (counts.sum() + vocab_size)
-    nats: Floats = -np.log(probabilities)[target.numpy()[1:]]
-    return nats
+    counts = np.bincount(torch.cat(streams).numpy(), minlength=vocab_size)
+    nats: Floats = -np.log((counts + 1) / (counts.sum() + vocab_size))
+    return nats[target.numpy()[1:]]
 
 
 def kneser_ney_nats(
@@ -80,24 +71,22 @@ def kneser_ney_nats(
     """
     if order < 1 or vocab_size**order >= 2**63:
         raise ValueError(f"order: got {order}; accepted: 1 or more, vocab_size ** order under 2^63")
-    grams, counts = _grams([s.numpy().astype(np.int64) for s in streams], vocab_size, order)
-    levels = [(grams, counts)]
+    keys = [_keys(stream.numpy(), vocab_size, order) for stream in streams]
+    levels = [np.unique(np.concatenate(keys), return_counts=True)]
     for shorter in range(order - 1, 0, -1):
         # Continuation counts: each distinct n-gram counts once for its suffix.
         levels.append(np.unique(levels[-1][0] % vocab_size**shorter, return_counts=True))
-    tokens = target.numpy().astype(np.int64)
+    tokens = target.numpy()
     probability = np.full(len(tokens) - 1, 1 / vocab_size)
-    for number, (grams, counts) in enumerate(reversed(levels), start=1):
+    for number, level in enumerate(reversed(levels), start=1):
         skipped = max(0, number - 2)  # tokens 1 … T-1 whose history is shorter than this order's
         wanted = _keys(tokens, vocab_size, number)[number == 1 :]
-        probability[skipped:] = _interpolated(
-            grams, counts, wanted, vocab_size, probability[skipped:]
-        )
+        probability[skipped:] = _interpolated(*level, wanted, vocab_size, probability[skipped:])
     nats: Floats = -np.log(probability)
     return nats
 
 
-def _keys(tokens: NDArray[np.int64], vocab_size: int, order: int) -> NDArray[np.int64]:
+def _keys(tokens: Ints, vocab_size: int, order: int) -> Ints:
     """Every n-gram of a stream as one number, its last token the lowest digit."""
     keys = np.zeros(max(0, len(tokens) - order + 1), dtype=np.int64)
     for place in range(order):
@@ -105,20 +94,8 @@ def _keys(tokens: NDArray[np.int64], vocab_size: int, order: int) -> NDArray[np.
     return keys
 
 
-def _grams(
-    streams: list[NDArray[np.int64]], vocab_size: int, order: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return np.unique(
-        np.concatenate([_keys(s, vocab_size, order) for s in streams]), return_counts=True
-    )
-
-
 def _interpolated(
-    grams: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    wanted: NDArray[np.int64],
-    vocab_size: int,
-    lower: Floats,
+    grams: Ints, counts: Ints, wanted: Ints, vocab_size: int, lower: Floats
 ) -> Floats:
     """One order's probabilities of `wanted`, from its counts and those of the order below."""
     if not len(grams):  # a stream shorter than this order
@@ -135,15 +112,13 @@ def _interpolated(
     return np.where(known, higher, lower)
 
 
-def _find(
-    among: NDArray[np.int64], wanted: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _find(among: Ints, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
     """Each value's position in a sorted array, and whether it is in there at all."""
     place = np.minimum(np.searchsorted(among, wanted), len(among) - 1)
     return place, among[place] == wanted
 
 
-def _discount(counts: NDArray[np.int64]) -> float:
+def _discount(counts: Ints) -> float:
     """n1/(n1 + 2·n2), with n1 counts of one and n2 of two (Ney et al. 1994)."""
     ones, twos = int(np.count_nonzero(counts == 1)), int(np.count_nonzero(counts == 2))
     # No estimate from so few: half a count, the middle of its range.

@@ -23,7 +23,7 @@ def build(experiment: Experiment, table: Tensor, tokenizer: Tokenizer) -> CVFP |
         size = cvfp_size(experiment, table.shape[1])
         seed = seeds.generator(experiment.seed, "peer").initial_seed()
         return end_to_end.peer(experiment, table, size, seed)
-    # Its largest parts, table and head, are made where they are used.
+    # On the device from the start: table and head are large.
     return build_cvfp(experiment, table.to(experiment.device), tokenizer)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from cvfp import ops, registry
@@ -18,216 +22,179 @@ from cvfp.errors import ParameterError as ParameterError
 
 Stage = Literal["data", "context", "phase1", "phase2", "run"]
 
+# What a number may be: the words of an error, and the comparison.
+LIMITS: dict[str, tuple[str, Any]] = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+}
+TYPES = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+
 
 def _field(
-    default: Any,
-    stage: Stage,
-    description: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    later: bool = False,
+    stage: Stage, default: Any, description: str, *, later: bool = False, **limits: float
 ) -> Any:
     """Args: later: the field came after runs were stored; at its default it is no part of keys."""
-    metadata = dict(
-        stage=stage,
-        description=description,
-        low=low,
-        high=high,
-        above=above,
-        below=below,
-        later=later,
-    )
+    metadata = dict(stage=stage, description=description, later=later, limits=limits)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_data, _context, _phase1, _phase2, _run = (partial(_field, stage) for stage in get_args(Stage))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that determines a run. Frozen; the defaults are the preset ``mini``.
+    """Everything that determines a run. Frozen; the defaults are the preset `mini`.
 
-    `Experiment.describe()` is the table of all fields with their meaning and range.
+    `Experiment.describe()` is the table of all fields and their meaning. NumPy numbers and paths
+    are converted to plain numbers and text.
 
     Raises:
         ParameterError: a field is unknown, ill-typed, out of range or contradicts another.
     """
 
-    dataset: str = _field(
+    dataset: str = _data(
         "chitchat",
-        "data",
         "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl or .parquet file, "
         "or a local folder laid out like a hub dataset",
     )
-    dataset_config: str | None = _field(
-        None, "data", "configuration (subset) of a hub dataset; None: its only or default one"
+    dataset_config: str | None = _data(
+        None, "configuration (subset) of a hub dataset; None: its only or default one"
     )
-    column: str | None = _field(
-        None, "data", "column that holds the conversation; None: 'messages', else 'text'"
-    )
-    corpus_format: str | None = _field(
+    column: str | None = _data(None, "the conversation's column; None: 'messages', else 'text'")
+    corpus_format: str | None = _data(
         None,
-        "data",
-        "own reading of a row: a registered name or 'module:function'; None: by column",
+        "how a row is read: a registered name or 'module:function'; None: by column",
         later=True,
     )
-    train_split: str = _field("train", "data", "split the training samples come from (hub data)")
-    validation_split: str | None = _field(
-        None, "data", "split the held-out samples come from; None: the first of train_split"
-    )
-    samples: int = _field(
-        200, "data", "training conversations (nested: larger holds smaller)", low=1
-    )
-    validation: Literal["held_out", "tail"] = _field(
+    train_split: str = _data("train", "split the training samples come from (hub data)")
+    validation_split: str | None = _data(None, "held-out split; None: train_split's first samples")
+    samples: int = _data(200, "training conversations (nested: larger holds smaller)", low=1)
+    validation: Literal["held_out", "tail"] = _data(
         "held_out",
-        "data",
         "'held_out': fixed conversations no training size contains; "
         "'tail': the last 10 % of the training stream, cut off from training",
     )
-    validation_samples: int = _field(20, "data", "held-out conversations", low=1)
-    fitting_samples: int = _field(
-        500, "data", "conversations that a fitted tokeniser or table is fitted on", low=1
-    )
-    tokenizer: str = _field(
-        "bpe", "data", "'bpe' (fitted), or the hub id or local folder of a pretrained tokeniser"
-    )
-    vocab_size: int | None = _field(
-        4096, "data", "vocabulary of 'bpe'; None: that of the pretrained tokeniser", low=257
-    )
-    embedding: str = _field(
+    validation_samples: int = _data(20, "held-out conversations", low=1)
+    fitting_samples: int = _data(500, "conversations to fit a tokeniser or table on", low=1)
+    tokenizer: str = _data("bpe", "'bpe' (fitted), or a pretrained one's hub id or local folder")
+    vocab_size: int | None = _data(4096, "vocabulary of 'bpe'; None: as pretrained", low=257)
+    embedding: str = _data(
         "bigram",
-        "data",
         "'bigram', 'ppmi' (fitted), 'random', or the hub id or local folder of a pretrained model",
     )
-    embedding_dim: int | None = _field(
-        128, "data", "E, columns of the table; None: those of the pretrained table", low=1
-    )
+    embedding_dim: int | None = _data(128, "E, width of the table; None: as pretrained", low=1)
 
-    block: str = _field(
+    block: str = _context(
         "published",
-        "context",
         "the ContextBlock: 'published', another registered name, or 'module:class'",
         later=True,
     )
-    num_layers: int = _field(3, "context", "L, layers of ContextBlock and of TokenBlock", low=1)
-    context_dim: int = _field(128, "context", "D, size of the context vector", low=2)
-    num_input_tokens: int = _field(1, "context", "n, tokens the model sees at a position", low=1)
-    token_input_all_layers: bool = _field(
-        True, "context", "every ContextBlock layer sees the tokens; False: equal-decrease design"
+    num_layers: int = _context(3, "L, layers of ContextBlock and of TokenBlock", low=1)
+    context_dim: int = _context(128, "D, size of the context vector", low=2)
+    num_input_tokens: int = _context(1, "n, tokens the model sees at a position", low=1)
+    token_input_all_layers: bool = _context(
+        True, "every ContextBlock layer sees the tokens; False: equal-decrease design"
     )
 
-    context_std: float = _field(
-        0.1, "context", "initial deviation of the ContextBlock's weights on c", above=0, later=True
+    context_std: float = _context(
+        0.1, "initial std of the ContextBlock's weights on c", above=0, later=True
     )
-    input_std: float = _field(
-        0.1, "context", "initial deviation of the ContextBlock's weights on e", low=0, later=True
+    input_std: float = _context(
+        0.1, "initial std of the ContextBlock's weights on e", low=0, later=True
     )
 
-    objective: str = _field(
+    objective: str = _phase1(
         "published",
-        "phase1",
         "what Phase 1 minimises: 'published', 'settle' (its first term alone), another registered "
         "name, or 'module:function'",
         later=True,
     )
-    dist_reg_weight: float = _field(
-        0.8, "phase1", "w, weight of the diversity term in the Phase 1 loss", low=0, high=1
+    dist_reg_weight: float = _phase1(0.8, "w, weight of the diversity term", low=0, high=1)
+    phase1_learning_rate: float = _phase1(0.002, "Adam, Phase 1", above=0)
+    phase1_max_iterations: int = _phase1(
+        40, "most iterations, counting the initial contexts as number 1", low=2
     )
-    phase1_learning_rate: float = _field(0.002, "phase1", "Adam, Phase 1", above=0)
-    phase1_max_iterations: int = _field(
-        40, "phase1", "most iterations, counting the initial contexts as number 1", low=2
+    phase1_min_iterations: int = _phase1(
+        5, "convergence does not stop Phase 1 before this iteration", low=2
     )
-    phase1_min_iterations: int = _field(
-        5, "phase1", "convergence does not stop Phase 1 before this iteration", low=2
+    phase1_noise: float = _phase1(0.1, "std of the noise on the previous contexts", low=0)
+    phase1_gradient_clip: float = _phase1(1.0, "largest gradient norm", above=0)
+    convergence_threshold: float = _phase1(
+        0.03, "mean squared change under which a token has converged", above=0
     )
-    phase1_noise: float = _field(
-        0.1, "phase1", "standard deviation of the noise on the contexts read", low=0
+    convergence_rate: float = _phase1(
+        0.99, "fraction of converged tokens at which Phase 1 stops", above=0, high=1
     )
-    phase1_gradient_clip: float = _field(1.0, "phase1", "largest gradient norm", above=0)
-    convergence_threshold: float = _field(
-        0.03, "phase1", "mean squared change under which a token has converged", above=0
-    )
-    convergence_rate: float = _field(
-        0.99, "phase1", "fraction of converged tokens at which Phase 1 stops", above=0, high=1
-    )
-    phase1_abort: bool = _field(
+    phase1_abort: bool = _phase1(
         False,
-        "phase1",
         "stop the run at Phase 1's iteration 20 where note 004's rules say so; no Phase 2 then",
     )
-    loss_group: int = _field(
-        8000, "phase1", "consecutive tokens over which the diversity term is taken", low=2
-    )
+    loss_group: int = _phase1(8000, "consecutive tokens that share a diversity term", low=2)
 
-    model: Literal["cvfp", "lstm", "transformer"] = _field(
+    model: Literal["cvfp", "lstm", "transformer"] = _phase2(
         "cvfp",
-        "phase2",
         "'cvfp', or a peer trained end to end with as many parameters as it: an LSTM, a small "
         "GPT-2-style transformer",
     )
-    contexts: str = _field(
+    contexts: str = _phase2(
         "trained",
-        "phase2",
-        "what Phase 2 reads: contexts of the 'trained' ContextBlock, of the 'random' one as "
-        "initialised, 'zero'es, trained ones 'shuffled' between positions, a plain 'window' of "
-        "tokens; 'end_to_end': the ContextBlock learns with the TokenBlock, no Phase 1; or own "
-        "contexts: a registered name or 'module:function', no Phase 1",
+        "input of Phase 2: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
+        "'zero', trained ones 'shuffled' between positions, a plain 'window' of tokens, or without "
+        "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), another "
+        "registered name, 'module:function'",
     )
-    token_block_std: float = _field(
-        0.1, "phase2", "initial deviation of the TokenBlock's weights", low=0, later=True
+    token_block_std: float = _phase2(
+        0.1, "initial std of the TokenBlock's weights", low=0, later=True
     )
-    window_tokens: int = _field(16, "phase2", "tokens before the current one in a 'window'", low=1)
-    unroll: int = _field(
-        32, "phase2", "tokens that gradients of 'end_to_end' and of the peers flow back", low=1
+    window_tokens: int = _phase2(16, "tokens before the current one in a 'window'", low=1)
+    unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
+    weight_tying: bool = _phase2(True, "head tied to the table; False: its own Linear")
+    freeze_embedding: bool = _phase2(True, "table (and a tied head) not trained")
+    training_contexts: Literal["parallel", "exact"] = _phase2(
+        "parallel", "Phase 1's last iterate (as published), or the exact recurrence"
     )
-    weight_tying: bool = _field(True, "phase2", "head tied to the table; False: its own Linear")
-    freeze_embedding: bool = _field(True, "phase2", "table (and a tied head) not trained")
-    training_contexts: Literal["parallel", "exact"] = _field(
-        "parallel", "phase2", "Phase 1's last iterate (as published), or the exact recurrence"
-    )
-    phase2_learning_rate: float = _field(0.003, "phase2", "Adam, Phase 2", above=0)
-    phase2_epochs: int = _field(10, "phase2", "most epochs", low=1)
-    phase2_patience: int = _field(2, "phase2", "epochs without improvement before stopping", low=1)
-    phase2_batch_size: int = _field(1024, "phase2", "tokens in a batch", low=1)
-    phase2_shuffle: bool = _field(True, "phase2", "shuffle the tokens; False: stream order")
+    phase2_learning_rate: float = _phase2(0.003, "Adam, Phase 2", above=0)
+    phase2_epochs: int = _phase2(10, "most epochs", low=1)
+    phase2_patience: int = _phase2(2, "epochs without improvement before stopping", low=1)
+    phase2_batch_size: int = _phase2(1024, "tokens in a batch", low=1)
+    phase2_shuffle: bool = _phase2(True, "shuffle the tokens; False: stream order")
 
-    seed: int = _field(42, "run", "moves initialisation, noise and batches; not the data", low=0)
-    device: str = _field("auto", "run", "'auto', 'cpu', 'cuda' or 'mps'")
-    precision: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", "run", "'auto': bfloat16 where its products are faster here, else float32"
+    seed: int = _run(42, "moves initialisation, noise and batches; not the data", low=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = _run(
+        "auto", "'auto': the fastest that this machine has"
     )
-    ops: Literal["auto", "plain"] = _field(
-        "auto", "run", "'auto': the fastest form of each formula; 'plain': as it reads", later=True
+    precision: Literal["auto", "float32", "bfloat16"] = _run(
+        "auto", "'auto': bfloat16 where matrix products are faster in it here, else float32"
+    )
+    ops: Literal["auto", "plain"] = _run(
+        "auto", "'auto': the fastest form of each formula; 'plain': its definition", later=True
     )
 
     def __new__(cls, **given: Any) -> Experiment:
         # The generated __init__ would name an unknown field, but not the known ones.
-        _known(given)
+        for name in given:
+            if name not in HINTS:
+                raise ParameterError(name, "an unknown field", nearest(name, HINTS))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = _hints()
         for field in fields(self):
-            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            value = _typed(field.name, plain(getattr(self, field.name)), HINTS[field.name])
             object.__setattr__(self, field.name, value)
-            _in_range(field.name, value, field.metadata)
+            _in_range(field.name, value, field.metadata["limits"])
         for name in ("dataset", "train_split", "tokenizer", "embedding"):
             if not getattr(self, name).strip():
                 raise ParameterError(name, getattr(self, name), "a name or path that is not empty")
         if self.tokenizer == "bpe" and self.vocab_size is None:
             raise ParameterError("vocab_size", None, "an integer for the fitted tokeniser 'bpe'")
         if self.embedding in ("bigram", "ppmi", "random") and self.embedding_dim is None:
-            raise ParameterError(
-                "embedding_dim", None, f"an integer for the table {self.embedding!r}"
-            )
+            table = f"an integer for the table {self.embedding!r}"
+            raise ParameterError("embedding_dim", None, table)
         if self.model != "cvfp" and self.contexts != "trained":
             raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
-        if self.model == "transformer" and self.num_input_tokens > 1:
-            raise ParameterError(
-                "num_input_tokens", self.num_input_tokens, "1 for model 'transformer'"
-            )
-        if self.device not in ("auto", "cpu", "cuda", "mps"):
-            raise ParameterError("device", self.device, "'auto', 'cpu', 'cuda' or 'mps'")
+        if self.model == "transformer" and (n := self.num_input_tokens) > 1:
+            raise ParameterError("num_input_tokens", n, "1 for model 'transformer'")
         for kind in registry.PARTS:
             if (name := getattr(self, kind)) is not None:
                 registry.resolve(kind, name)
@@ -241,14 +208,11 @@ class Experiment:
         """
         if name not in PRESETS:
             raise ParameterError("preset", name, " or ".join(map(repr, PRESETS)))
-        _known(overrides)
-        hints = _hints()
-        given = {k: parse(v, hints[k]) for k, v in overrides.items() if v is not None}
-        return cls(**{**PRESETS[name], **given})
+        parsed = {k: parse(v, HINTS.get(k)) for k, v in overrides.items() if v is not None}
+        return cls(**{**PRESETS[name], **parsed})
 
     def replace(self, **changes: Any) -> Experiment:
         """A copy with `changes`, checked like a new Experiment."""
-        _known(changes)
         return dataclasses.replace(self, **changes)
 
     def resolved(self) -> Experiment:
@@ -269,15 +233,15 @@ class Experiment:
         }
 
     def key_fields(self, *stages: Stage) -> dict[str, Any]:
-        """What a key holds of the fields of `stages`: a field that came later only where it is not
-        at its default, so that it does not make stored runs anew."""
+        """The fields of `stages` that a key is made of: one that came later only where it is not at
+        its default, so that the keys of stored runs stay."""
         later = {f.name: f.default for f in fields(self) if f.metadata["later"]}
         chosen = self.to_dict(*stages)
         return {k: v for k, v in chosen.items() if k not in later or v != later[k]}
 
     @staticmethod
     def describe() -> list[dict[str, Any]]:
-        """One row per field: name, type, mini's and published's value, range, description."""
+        """One row per field: name, type, the two presets' values, description."""
         published = PRESETS["published"]
         return [
             {
@@ -291,6 +255,7 @@ class Experiment:
         ]
 
 
+HINTS = get_type_hints(Experiment)
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
     # Notes 000 and 002: UltraChat, GPT-2 tokens and embeddings (docs/method.md, *Settings*).
@@ -318,104 +283,82 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def resolve_device(device: str) -> str:
     """'auto' -> the best there is; a device that is not there raises `ParameterError`."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
+    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    there = [*(name for name, one in accelerators.items() if one.is_available()), "cpu"]
     if device == "auto":
         return there[0]
     if device not in there:
-        found = " or ".join(map(repr, ["auto", *there]))
-        raise ParameterError("device", device, f"{found} (what this machine has)")
+        accepted = " or ".join(map(repr, ["auto", *there]))
+        raise ParameterError("device", device, f"{accepted} (what this machine has)")
     return device
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """'auto' -> 'bfloat16' where this machine takes products in it faster, else 'float32'."""
+    """'auto' -> 'bfloat16' where matrix products are faster in it here, else 'float32'."""
     if precision != "auto":
         return precision
     return "bfloat16" if ops.bfloat16_gain(device) >= ops.WORTH else "float32"
 
 
-def _known(names: Iterable[str]) -> None:
-    known = [f.name for f in fields(Experiment)]
-    for name in names:
-        if name not in known:
-            raise ParameterError(name, "an unknown field", nearest(name, known))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say is accepted in place of an unknown name: the nearest one first, then all."""
-    known = list(known)
+def nearest(name: str, known: Collection[str]) -> str:
+    """What is accepted in place of an unknown name, in words: the nearest one first, then all."""
+    every = f"one of {', '.join(known)}"
     close = difflib.get_close_matches(name, known, 1)
-    return f"{close[0]} (or one of {', '.join(known)})" if close else "one of " + ", ".join(known)
+    return f"{close[0]} (or {every})" if close else every
 
 
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(Experiment)
-
-
-def _parts(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a type: int | None -> (int, NoneType)."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def plain(value: Any) -> Any:
+    """A NumPy scalar as a plain number, a path as text; anything else unchanged."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse(value: Any, hint: Any) -> Any:
-    """Text that spells a value of the field's type -> that value; anything else unchanged."""
+    """Text that spells a value of the field's type -> that value; anything else as `plain` has
+    it."""
+    value = plain(value)
     if not isinstance(value, str):
         return value
     text = value.strip()
-    parts = _parts(hint)
-    if type(None) in parts and text.lower() == "none":
+    types = _types(hint)
+    if type(None) in types and text.lower() == "none":
         return None
-    if bool in parts and text.lower() in ("true", "false"):
+    if bool in types and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if int in parts or float in parts:
-        try:
+    if int in types or float in types:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return value
     return value
+
+
+def _types(hint: Any) -> tuple[Any, ...]:
+    """int | None -> (int, NoneType), int -> (int,), and the values of a Literal."""
+    return get_args(hint) or (hint,)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` if it is of the field's type (an int will do for a float), else ParameterError."""
-    parts = _parts(hint)
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ParameterError(name, value, " or ".join(map(repr, choices)))
+    accepted = _types(hint)
+    if get_origin(hint) is Literal:
+        if value in accepted:
+            return value
+        raise ParameterError(name, value, " or ".join(map(repr, accepted)))
+    if type(value) in accepted:
         return value
-    if float in parts and isinstance(value, int) and not isinstance(value, bool):
+    if float in accepted and type(value) is int:
         try:
             return float(value)
         except OverflowError:
             raise ParameterError(name, value, "a number that fits a float") from None
-    if any(type(value) is part for part in parts):
-        return value
-    names = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
-    accepted = " or ".join(names.get(part, "None") for part in parts)
-    raise ParameterError(name, value, accepted)
+    raise ParameterError(name, value, " or ".join(TYPES.get(one, "None") for one in accepted))
 
 
-def _in_range(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
+    if type(value) not in (int, float):
         return
-    low, high, above, below = (limits[k] for k in ("low", "high", "above", "below"))
-    words = [
-        f"at least {low}" if low is not None else "",
-        f"above {above}" if above is not None else "",
-        f"at most {high}" if high is not None else "",
-        f"below {below}" if below is not None else "",
-    ]
-    fits = (
-        (low is None or value >= low)
-        and (above is None or value > above)
-        and (high is None or value <= high)
-        and (below is None or value < below)
-        and value not in (float("inf"), float("-inf"))
-    )
-    # NaN fails every comparison; with no limit at all it is stopped by value != value.
-    if not fits or value != value:
-        raise ParameterError(name, value, "a finite number " + " and ".join(filter(None, words)))
+    # NaN fails every comparison.
+    fits = all(LIMITS[limit][1](value, bound) for limit, bound in limits.items())
+    if not fits or not -math.inf < value < math.inf:
+        words = " and ".join(f"{LIMITS[limit][0]} {bound}" for limit, bound in limits.items())
+        raise ParameterError(name, value, f"a finite number {words}")

@@ -1,4 +1,4 @@
-"""What Phase 2 reads in place of contexts: the controls that say what contexts are worth."""
+"""Controls: replacements for the contexts in Phase 2, to measure what contexts contribute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cvfp.phase2 import Positions
 
 
 class Zero(Positions):
-    """Every c^(i) is zero: the model knows the current tokens and nothing else."""
+    """Every c^(i) is zero: the current tokens are the only input."""
 
     def previous(self, positions: Tensor) -> Tensor:
         return self.contexts
@@ -23,8 +23,8 @@ class Zero(Positions):
 
 
 class Shuffled(Positions):
-    """Every position reads the c^(i) of another one, always the same: their distribution, without
-    what they say of the position.
+    """Every position has the c^(i) of another one, in a fixed permutation: the same distribution,
+    without information about the position.
 
     Args:
         order: int64 [T], a permutation of the positions.
@@ -42,12 +42,12 @@ class Shuffled(Positions):
 
 
 class Window(Positions):
-    """Every c^(i) is the same plain window: the embeddings of the tokens before the current one."""
+    """Every c^(i) is the concatenated embeddings of the tokens before the current one."""
 
     def __init__(self, model: CVFP, tokens: Tensor, length: int) -> None:
         super().__init__(model, tokens.new_zeros(0, 0), tokens)
         table = self.context_inputs.table
-        # [T, length + 1]; what is before the stream is "no token", a row of zeros
+        # [T, length]; before the stream there is "no token", a row of zeros.
         before = tokens.new_full((length,), len(table) - 1)
         self.rows = torch.cat([before, tokens]).unfold(0, length + 1, 1)[:, :-1]
 
@@ -60,15 +60,15 @@ class Window(Positions):
 
 
 def context_widths(experiment: Experiment, embedding_dim: int) -> list[int] | None:
-    """Widths of what the TokenBlock's layers read where it is not the ContextBlock's outputs."""
+    """Widths of the c^(i) that replace the ContextBlock's outputs; None: nothing does."""
     if experiment.contexts != "window":
         return None
     return [experiment.window_tokens * embedding_dim] * experiment.num_layers
 
 
 def level_window(model: CVFP, context_dim: int) -> None:
-    """Scale the columns that read a window so that it brings as much into a layer as a context
-    does: the published initialisation is of a fixed width, and a window is many times wider."""
+    """Scale the weights on a window so that its initial contribution to a layer has a context's
+    variance: the published initialisation has the same std at any width, and a window is wide."""
     with torch.no_grad():
         for width, linear in zip(model.context_widths, model.token_block.linears, strict=True):
             assert isinstance(linear, nn.Linear)
@@ -76,15 +76,12 @@ def level_window(model: CVFP, context_dim: int) -> None:
 
 
 def positions(
-    model: CVFP,
-    contexts: Tensor | None,
-    tokens: Tensor,
-    experiment: Experiment,
+    model: CVFP, contexts: Tensor | None, tokens: Tensor, experiment: Experiment
 ) -> Positions:
     """The positions of a stream as the Experiment's `contexts` asks for.
 
     Args:
-        contexts: [T, D] of the stream; None for those that take none.
+        contexts: [T, D] of the stream; None for 'zero' and 'window'.
     """
     if experiment.contexts == "window":
         return Window(model, tokens, experiment.window_tokens)
@@ -107,14 +104,15 @@ def end_counts(model: Predictor) -> dict[str, int]:
     return {"embedding": model.embedding.numel(), "head": head}
 
 
-def parameter_counts(model: CVFP, experiment: Experiment) -> dict[str, int]:
-    """Parameters by part, those that do nothing aside: without contexts neither the ContextBlock
-    nor the columns that would read it."""
-    blocks = {"context_block": model.context_block, "token_block": model.token_block}
-    counts = {name: count_parameters(block) for name, block in blocks.items()} | end_counts(model)
-    if experiment.contexts in ("zero", "window"):
-        counts["context_block"] = 0
+def parameter_counts(model: Predictor, experiment: Experiment) -> dict[str, int]:
+    """Number of used parameters by part: without contexts the ContextBlock and the weights on its
+    outputs do not count. A peer has a body in place of the blocks."""
+    ends = end_counts(model)
+    if not isinstance(model, CVFP):
+        return {"body": count_parameters(model) - sum(ends.values()), **ends}
+    token_block = count_parameters(model.token_block)
     if experiment.contexts == "zero":
-        width = model.embedding.shape[1]
-        counts["token_block"] -= sum(model.context_widths) * width
-    return counts
+        token_block -= sum(model.context_widths) * model.embedding.shape[1]
+    unused = experiment.contexts in ("zero", "window")
+    context_block = 0 if unused else count_parameters(model.context_block)
+    return {"context_block": context_block, "token_block": token_block, **ends}

@@ -1,22 +1,22 @@
 """Models trained end to end by truncated backpropagation: the ContextBlock as a plain recurrent
 network, and the peers that a user would pick instead, an LSTM and a small GPT-2.
 
-The stream is cut into lanes that are read side by side, `unroll` tokens at a time; the state is
-carried on and gradients are not. All of them read normalised rows of the table, as CVFP does, and
-predict through the same head.
+The stream is cut into lanes, a batch of sequences, `unroll` tokens at a time; the state is carried
+over and gradients are not. All of them have CVFP's inputs, normalised rows of the table, and its
+head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from cvfp import contexts, ops, phase2
+from cvfp import ops, phase2
 from cvfp.config import Experiment, ParameterError
-from cvfp.controls import count_parameters, end_counts
+from cvfp.controls import parameter_counts
 from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP, Predictor
 from cvfp.phase2 import Evaluation, Phase2
@@ -26,55 +26,47 @@ CLIP = 1.0
 HEADS = 4
 BLOCKS = 2
 MATCH = 0.05
-LONGEST = 4096  # tokens of a stream that an LSTM reads at once when it is scored
+LONGEST = 4096  # tokens in a piece of a stream that is evaluated
 
 State = tuple[Tensor, ...]
-
-
-class Reader(Protocol):
-    """Reads lanes of a stream: positions [B, S], and the state that the lanes were left in."""
-
-    def __call__(
-        self, inputs: TokenInputs, positions: Tensor, state: State | None
-    ) -> tuple[Tensor, State]: ...
+# Positions [B, S] of a stream, and the state after those before -> h [B, S, E], and the state after
+# these.
+Reader = Callable[[TokenInputs, Tensor, State | None], tuple[Tensor, State]]
 
 
 class Peer(Predictor):
     """A sequence model between the table, whose rows it reads normalised, and the head."""
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters by part; those that are never used are not counted."""
-        ends = end_counts(self)
-        dead = sum(parameter.numel() for parameter in self.unused())
-        return {"body": count_parameters(self) - sum(ends.values()) - dead, **ends}
-
-    def unused(self) -> list[nn.Parameter]:
-        return []
-
     def read(
         self, inputs: TokenInputs, positions: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
-        """Positions [B, S] of a stream -> h [B, S, E], and the state after them."""
+        """A `Reader`."""
         raise NotImplementedError
 
+    def pieces(self, positions: Tensor) -> Iterable[Tensor]:
+        """All positions [T] of a stream, cut for `read` into [B, S] each; the last cut may be
+        padded with repeats of the last position."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
         """Float32 evaluation of a stream, read from its start."""
-        raise NotImplementedError
+        inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
+        parts, state = [], None
+        # cuDNN's LSTM would take TF32 for float32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for positions in self.pieces(torch.arange(len(tokens), device=tokens.device)):
+                hidden, state = self.read(inputs, positions, state)
+                parts.append(hidden.flatten(0, 1))
+        hidden = torch.cat(parts)
+        return phase2.score(self, tokens, lambda positions: hidden[positions])
 
 
 class LSTM(Peer):
     """h = LayerNorm(e + Linear(LSTM(e))): the table's own prediction, and what the past adds."""
 
-    def __init__(
-        self,
-        table: Tensor,
-        hidden: int,
-        num_input_tokens: int,
-        *,
-        weight_tying: bool,
-        freeze_embedding: bool,
-    ) -> None:
-        super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
+    def __init__(self, table: Tensor, hidden: int, num_input_tokens: int, **ends: bool) -> None:
+        super().__init__(table, **ends)
         width = table.shape[1]
         self.lstm = nn.LSTM(num_input_tokens * width, hidden, batch_first=True)
         self.out = nn.Linear(hidden, width)
@@ -84,36 +76,25 @@ class LSTM(Peer):
         self, inputs: TokenInputs, positions: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
         e = inputs.dense(positions)
-        made, (h, c) = self.lstm(e, state)
-        hidden = self.norm(e[..., -self.norm.normalized_shape[0] :] + self.out(made))
+        outputs, (h, c) = self.lstm(e, state)
+        hidden = self.norm(e[..., -self.norm.normalized_shape[0] :] + self.out(outputs))
         return hidden, (h.detach(), c.detach())
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
-        inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
-        made, state = [], None
-        # cuDNN's LSTM would take TF32 for float32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for positions in torch.arange(len(tokens), device=tokens.device).split(LONGEST):
-                hidden, state = self.read(inputs, positions[None], state)
-                made.append(hidden[0])
-        everything = torch.cat(made)
-        return phase2.score(self, tokens, lambda positions: everything[positions])
+    def pieces(self, positions: Tensor) -> Iterable[Tensor]:
+        return positions[None].split(LONGEST, dim=1)
 
 
 class Transformer(Peer):
     """A small GPT-2 (Radford et al., 2019) over a window of twice `unroll` tokens, of which the
     second half predicts: every prediction sees at least `unroll` tokens before it."""
 
-    def __init__(
-        self, table: Tensor, inner: int, unroll: int, *, weight_tying: bool, freeze_embedding: bool
-    ) -> None:
+    def __init__(self, table: Tensor, inner: int, unroll: int, **ends: bool) -> None:
         from transformers import GPT2Config, GPT2Model  # seconds to import: for those who use it
 
-        super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
+        super().__init__(table, **ends)
         self.unroll = unroll
         config = GPT2Config(
-            vocab_size=1,  # embeds nothing: it is given the table's rows
+            vocab_size=1,
             n_positions=2 * unroll,
             n_embd=table.shape[1],
             n_layer=BLOCKS,
@@ -129,10 +110,7 @@ class Transformer(Peer):
             eos_token_id=None,
         )
         self.gpt2 = GPT2Model(config)
-        self.gpt2.wte.weight.requires_grad_(False)
-
-    def unused(self) -> list[nn.Parameter]:
-        return [cast(nn.Parameter, self.gpt2.wte.weight)]
+        del self.gpt2.wte  # embeds nothing: the inputs are the table's rows
 
     def read(
         self, inputs: TokenInputs, positions: Tensor, state: State | None
@@ -143,22 +121,13 @@ class Transformer(Peer):
         # Before the stream there is "no token", a row of zeros. (A mask would leave queries without
         # any key, whose attention is not a number.)
         e = inputs.dense(whole.clamp(min=0)) * (whole >= 0)[..., None]
-        made = self.gpt2(inputs_embeds=e).last_hidden_state
-        return made[:, self.unroll :], ()
+        return self.gpt2(inputs_embeds=e).last_hidden_state[:, self.unroll :], ()
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor, num_input_tokens: int) -> Evaluation:
-        inputs = TokenInputs(tokens, self.embedding, num_input_tokens)
-        length = len(tokens)
-        count = -(-length // self.unroll)
-        # The last window may reach beyond the stream; what it says there is dropped.
-        places = torch.arange(count * self.unroll, device=tokens.device).clamp(max=length - 1)
-        made = [
-            self.read(inputs, rows, None)[0].flatten(0, 1)
-            for rows in places.view(count, self.unroll).split(max(1, LONGEST // self.unroll))
-        ]
-        everything = torch.cat(made)
-        return phase2.score(self, tokens, lambda positions: everything[positions])
+    def pieces(self, positions: Tensor) -> Iterable[Tensor]:
+        # The last window may reach beyond the stream: its last token fills it.
+        beyond = positions[-1:].expand(-len(positions) % self.unroll)
+        windows = torch.cat([positions, beyond]).view(-1, self.unroll)
+        return windows.split(max(1, LONGEST // self.unroll))
 
 
 def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
@@ -172,55 +141,44 @@ def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
     if experiment.model == "transformer" and width % HEADS:
         raise ParameterError("embedding_dim", width, f"a multiple of {HEADS}, for a transformer")
 
-    def made(number: int, table: Tensor) -> Peer:
+    def build(number: int, table: Tensor) -> Peer:
         if experiment.model == "lstm":
             return LSTM(table, number, experiment.num_input_tokens, **ends)
         return Transformer(table, number, experiment.unroll, **ends)
 
     def count(number: int) -> int:
         with torch.device("meta"):
-            return made(number, torch.empty(1, width)).parameter_counts()["body"]
+            return parameter_counts(build(number, torch.empty(1, width)), experiment)["body"]
 
-    # Both grow with the number: by halving, then the nearer neighbour.
-    low, high = 1, 2
-    while count(high) < size:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < size else (low, middle)
-    best = min((low, high), key=lambda number: abs(count(number) - size))
+    # Both grow with the number, by at least as much: one of these two is the nearest.
+    high = 2 + bisect_left(range(2, size), size, key=count)
+    best = min((high - 1, high), key=lambda number: abs(count(number) - size))
     if abs(count(best) / size - 1) > MATCH:
-        raise ParameterError(
-            "model",
-            experiment.model,
-            f"a model of {size:,} parameters or more: the nearest {experiment.model} has "
-            f"{count(best):,}",
-        )
+        nearest = f"the nearest {experiment.model} has {count(best):,}"
+        accepted = f"a model of {size:,} parameters or more: {nearest}"
+        raise ParameterError("model", experiment.model, accepted)
     # The libraries' own initialisation, which draws from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return made(best, table)
+        return build(best, table)
 
 
-class Unrolled:
+def unrolled(model: CVFP) -> Reader:
     """CVFP as a recurrent network: the ContextBlock learns with the TokenBlock."""
 
-    def __init__(self, model: CVFP) -> None:
-        self.model = model
-
-    def __call__(
-        self, inputs: TokenInputs, positions: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
-        block = self.model.context_block
+    def read(inputs: TokenInputs, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
         e = inputs.dense(positions)  # [B, S, n·E]
-        context = e.new_zeros(len(e), block.context_dim) if state is None else state[0]
+        context = (
+            e.new_zeros(len(e), model.context_block.context_dim) if state is None else state[0]
+        )
         steps = []
         for column in e.unbind(1):
-            outputs = block(context, column)
-            context = outputs[-1]
-            steps.append(outputs)
+            steps.append(model.context_block(context, column))
+            context = steps[-1][-1]
         stacked = [torch.stack(layer, dim=1) for layer in zip(*steps, strict=True)]
-        return self.model.token_block(stacked, e), (context.detach(),)
+        return model.token_block(stacked, e), (context.detach(),)
+
+    return read
 
 
 def train(
@@ -236,7 +194,8 @@ def train(
     """Train the model in place over the stream's lanes; keep the best epoch.
 
     A batch is `phase2_batch_size` tokens: as many lanes as that takes, `unroll` tokens of each. The
-    tokens that do not fill the lanes, fewer than there are lanes, are others in every epoch.
+    lanes start at a random token: what they leave out of the stream, fewer tokens than there are
+    lanes, differs between epochs.
 
     Raises:
         ParameterError: a stream too short for a batch.
@@ -248,41 +207,25 @@ def train(
     if lanes < 1:
         raise ParameterError("unroll", steps, f"at most the stream's {total} tokens")
     length = total // lanes
-    frozen = None
-    if not model.embedding.requires_grad:
-        frozen = TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
-
     state: State | None = None
+
+    def inputs() -> TokenInputs:
+        return TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+
+    frozen = None if model.embedding.requires_grad else inputs()
 
     def batches() -> Iterator[tuple[Tensor]]:
         nonlocal state
         first = int(torch.randint(total - lanes * length + 1, (), generator=generator))
         starts = first + length * torch.arange(lanes, device=device)
         state = None
-        for begin in range(0, length, steps):
-            along = torch.arange(begin, min(begin + steps, length), device=device)
+        for along in torch.arange(length, device=device).split(steps):
             yield (starts[:, None] + along,)
 
     def loss(positions: Tensor) -> Tensor:
         nonlocal state
         with ops.autocast(experiment.precision, device):
-            inputs = frozen or TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
-            hidden, state = read(inputs, positions, state)
+            hidden, state = read(frozen or inputs(), positions, state)
             return model.nats(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
 
     return phase2.fit(model, batches, loss, validate, experiment, report, tick, CLIP)
-
-
-def evaluate(model: CVFP, tokens: Tensor) -> Evaluation:
-    """Float32 evaluation of a CVFP, its contexts exact.
-
-    Raises:
-        FloatingPointError: they did not converge.
-    """
-    made = contexts.evaluate(model.context_block, model.context_inputs(tokens))
-    if not made.converged:
-        raise FloatingPointError(
-            f"the exact contexts did not converge in {made.sweeps} sweeps; a smaller "
-            "phase2_learning_rate would be accepted"
-        )
-    return phase2.evaluate(phase2.Positions(model, made.values, tokens))

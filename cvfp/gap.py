@@ -1,22 +1,24 @@
 """Why Phase 1's parallel contexts are not the exact ones: each cause alone (claims C2, C3).
 
 The contexts that Phase 1 leaves differ from those of its final weights, evaluated token by token,
-for three reasons: the noise that training adds, the weights that have moved on since each
-iteration, and the window, since k sweeps can see k tokens only; and, for the first few tokens, the
-ring in which token 0 reads the last. Each is brought about alone here, on the same tokens, and
-measured against the exact contexts.
+for four reasons: the noise that training adds; the weights, updated since each iteration; the
+window, since k sweeps see k tokens only; and, for the first few tokens, the ring in which token 0
+reads the last. Each cause is reproduced alone here, on the same tokens, and measured against the
+exact contexts.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -39,9 +41,9 @@ CAUSES = {
 }
 POSITIONS = 100  # tokens of the first, middle and last part in the published table
 BINS = 60
-CHUNK = 8000
+CHUNK = 8000  # tokens that go through the ContextBlock at once
 
-Made = TypeVar("Made")
+Returned = TypeVar("Returned")
 
 
 @dataclass
@@ -50,13 +52,12 @@ class Gap:
 
     Attributes:
         agreement: one row per comparison with the exact contexts: `AS_LEFT`, and each cause in
-            `CAUSES`; columns of `agreement`.
-        positions: rows first, middle, last 100 tokens; columns of `agreement`.
-        along: mean cosine by position: columns position (centre of a bin, tokens), cosine,
-            cosine_min.
-        clean: clean sweeps with the final weights, going on from Phase 1's last iterate: columns
-            sweep (0: the iterate itself), mse, relative_error_mean.
-        windows: k clean sweeps from zeros, that is, windows of k tokens: columns tokens,
+            `CAUSES`; columns of the function `agreement`.
+        positions: rows first, middle, last 100 tokens; the same columns.
+        along: by position: columns position (centre of a bin, tokens), cosine (mean), cosine_min.
+        clean: noiseless sweeps with the final weights, starting from Phase 1's last iterate:
+            columns sweep (0: the iterate itself), mse, relative_error_mean.
+        windows: k noiseless sweeps from zeros, that is, windows of k tokens: columns tokens,
             relative_error_mean, relative_error_max, residual (the sweep's largest relative change).
     """
 
@@ -76,15 +77,14 @@ class Gap:
     @property
     def added(self) -> float:
         """Mean squared errors of all causes, added (the last update is one of the updates)."""
-        apart = [name for name in CAUSES if name in self.agreement.index and name != "last_update"]
-        return float(self.agreement.mse[apart].sum())
+        return float(self.agreement.mse.drop([AS_LEFT, "last_update"]).sum())
 
 
 def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
-    """Train Phase 1 of an Experiment and take the gap to its exact contexts apart.
+    """Train Phase 1 of an Experiment and measure each cause of the gap to its exact contexts.
 
     Args:
-        sweeps: longest window, and most clean sweeps.
+        sweeps: longest window, and most noiseless sweeps.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data.
@@ -99,11 +99,11 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     if len(inputs) < 3 * POSITIONS:
         raise ParameterError("samples", exp.samples, f"at least {3 * POSITIONS} training tokens")
     # Weights as each iteration read them: before its update.
-    history = [_weights(block)]
+    history = [copy.deepcopy(block.state_dict())]
     with Stage("Phase 1", exp.phase1_max_iterations - 1, every=10) as stage:
 
         def follow(row: dict[str, float]) -> None:
-            history.append(_weights(block))
+            history.append(copy.deepcopy(block.state_dict()))
             stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
 
         first = phase1.train(
@@ -114,41 +114,36 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     right = exact.values
     left = first.contexts.to(right)  # in the precision of the comparison
 
-    zeros = torch.zeros_like(right[0])
-
-    def again(start: Tensor, weights: Sequence[dict[str, Tensor]], **how: Any) -> Tensor:
-        made = start
+    def repeated(start: Tensor, weights: Sequence[dict[str, Tensor]], **how: Any) -> Tensor:
+        """A sweep with each of the weights in turn."""
+        values = start
         for one in weights:
             block.load_state_dict(one)
-            made = sweep(block, inputs, made, **{"before": zeros, **how})
+            values = sweep(block, inputs, values, **how)
         block.load_state_dict(final)
-        return made
+        return values
 
     fresh = seeds.generator(exp.seed, "gap", exp.device)
     unmoved = [final] * len(history)
     initial = torch.empty_like(right).normal_(0.0, phase1.INITIAL_STD, generator=fresh)
-    made = {
+    compared = {
         AS_LEFT: left,
-        "noise": again(right, unmoved, noise=exp.phase1_noise, generator=fresh),
-        "updates": again(right, history),
-        "window": again(initial, unmoved),
-        "ring": again(right, unmoved, before=None),
+        "noise": repeated(right, unmoved, noise=exp.phase1_noise, generator=fresh),
+        "updates": repeated(right, history),
+        "window": repeated(initial, unmoved),
+        "ring": repeated(right, unmoved, ring=True),
     }
     if exp.precision == "bfloat16":
-        made["bfloat16"] = again(right, unmoved, precision=exp.precision)
-    rows = {name: agreement(values, right) for name, values in made.items()}
-    del made
+        compared["bfloat16"] = repeated(right, unmoved, precision=exp.precision)
+    rows = {name: agreement(values, right) for name, values in compared.items()}
+    del compared
     block.load_state_dict(history[-1])
     rows["last_update"] = agreement(experiment.exact_contexts(block, inputs).values, right)
     block.load_state_dict(final)
 
     total = len(inputs)
-    middle = (total - POSITIONS) // 2
-    parts = {
-        "first": slice(0, POSITIONS),
-        "middle": slice(middle, middle + POSITIONS),
-        "last": slice(total - POSITIONS, total),
-    }
+    starts = {"first": 0, "middle": (total - POSITIONS) // 2, "last": total - POSITIONS}
+    parts = [slice(start, start + POSITIONS) for start in starts.values()]
     return Gap(
         experiment=exp,
         tokens=total,
@@ -156,9 +151,8 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         exact=exact,
         recurrence=diagnose(block, inputs, right),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
-        positions=pd.DataFrame.from_dict(
-            {n: agreement(left[p], right[p]) for n, p in parts.items()},
-            orient="index",
+        positions=pd.DataFrame(
+            [agreement(left[part], right[part]) for part in parts], index=list(starts)
         ),
         along=_along(left, right),
         clean=_clean(block, inputs, left, right, sweeps),
@@ -172,28 +166,28 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
 def sweep(
     block: Block,
     inputs: TokenInputs,
-    made: Tensor,
+    values: Tensor,
     *,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
     precision: str = "float32",
-    before: Tensor | None = None,
+    ring: bool = False,
 ) -> Tensor:
-    """All tokens at once, each reading its predecessor's row of `made` [T, D]: one Jacobi sweep.
+    """All tokens at once, each reading its predecessor's row of `values` [T, D]: one Jacobi sweep.
 
     Args:
         noise: standard deviation of what is added to the contexts read, drawn from `generator`.
-        before: [D], what token 0 reads; None: the last row, as in Phase 1 (a ring).
+        ring: token 0 reads the last row, as in Phase 1; else zeros.
     """
-    new = torch.empty_like(made)
-    carry = made[-1:] if before is None else before[None]
-    for start in range(0, len(made), CHUNK):
+    new = torch.empty_like(values)
+    last = values[-1:] if ring else torch.zeros_like(values[:1])
+    for start in range(0, len(values), CHUNK):
         piece = slice(start, start + CHUNK)
-        read = torch.cat([carry, made[piece][:-1]])
-        carry = made[piece][-1:]
+        read = torch.cat([last, values[piece][:-1]])
+        last = values[piece][-1:]
         if noise:
             read += torch.empty_like(read).normal_(0.0, noise, generator=generator)
-        with ops.autocast(precision, made.device):
+        with ops.autocast(precision, values.device):
             new[piece] = block(read, inputs.dense(piece))[-1]
     return new
 
@@ -206,9 +200,9 @@ def times(
     repeats: int = 3,
     longest_sequential: int = 20_000,
 ) -> pd.DataFrame:
-    """Seconds for contexts of the first T tokens (medians): columns tokens, sequential (null over
-    `longest_sequential` tokens), shifted (all layers from given contexts), blocks, and the largest
-    difference of blocks from sequential, relative.
+    """Median seconds for contexts of the first T tokens: columns tokens, sequential (null over
+    `longest_sequential` tokens), shifted (one sweep), blocks, and the largest relative difference
+    between the contexts of blocks and sequential.
 
     Raises:
         ParameterError: a length that the stream does not have.
@@ -221,82 +215,66 @@ def times(
     rows = []
     for length in lengths:
         piece = inputs.first(length)
-        blocks, made = _timed(partial(contexts.evaluate, block, piece), repeats)
-        zeros = torch.zeros_like(made.values[0])
-        shifted, _ = _timed(partial(sweep, block, piece, made.values, before=zeros), repeats)
+        blocks, exact = _timed(partial(contexts.evaluate, block, piece), repeats)
+        shifted, _ = _timed(partial(sweep, block, piece, exact.values), repeats)
         row = dict(tokens=length, sequential=None, shifted=shifted, blocks=blocks, difference=None)
         if length <= longest_sequential:
             step_by_step = partial(contexts.evaluate, block, piece, method="sequential")
             row["sequential"], oracle = _timed(step_by_step, 1)
-            row["difference"] = metrics.relative_errors(made.values, oracle.values).max().item()
+            row["difference"] = metrics.relative_errors(exact.values, oracle.values).max().item()
         rows.append(row)
     return pd.DataFrame(rows).astype({"sequential": float, "difference": float})
 
 
-def _timed(call: Callable[[], Made], repeats: int) -> tuple[float, Made]:
-    """Median seconds of `repeats` calls, and what the last one made."""
-    taken = []
+def _timed(call: Callable[[], Returned], repeats: int) -> tuple[float, Returned]:
+    """Median seconds of `repeats` calls, and what the last one returned."""
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        made = call()
+        returned = call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken), made
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), returned
 
 
-def _weights(block: Block) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in block.state_dict().items()}
-
-
-def _along(made: Tensor, right: Tensor) -> pd.DataFrame:
+def _along(left: Tensor, right: Tensor) -> pd.DataFrame:
     """Cosine in bins of position, of equal width on a log axis from 1 on."""
-    made, right = made.double(), right.double()
-    cosine = torch.nn.functional.cosine_similarity(made, right, dim=1).cpu()
-    edges = torch.logspace(0, math.log10(len(made) + 1), BINS + 1, dtype=torch.float64)
-    edges = edges.round(decimals=6).long().unique() - 1
-    rows = []
-    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        piece = cosine[low:high]
-        rows.append(
-            {
-                "position": (low + 1 + high) / 2,
-                "cosine": float(piece.mean()),
-                "cosine_min": float(piece.min()),
-            }
-        )
-    return pd.DataFrame(rows)
+    cosine = torch.nn.functional.cosine_similarity(left.double(), right.double(), dim=1)
+    frame = pd.DataFrame({"position": np.arange(1, len(left) + 1), "cosine": cosine.cpu()})
+    edges = np.geomspace(1, len(left) + 1, BINS + 1).round(6).astype(int)
+    bins = frame.groupby(np.searchsorted(np.unique(edges), frame.position, side="right"))
+    means = bins.mean().assign(cosine_min=bins.cosine.min())
+    return means.reset_index(drop=True)
+
+
+def _sweeps(block: Block, inputs: TokenInputs, values: Tensor, count: int) -> Iterator[Tensor]:
+    """`values`, and what each of `count` noiseless sweeps makes of them."""
+    yield values
+    for _ in range(count):
+        values = sweep(block, inputs, values)
+        yield values
 
 
 def _clean(
-    block: Block, inputs: TokenInputs, made: Tensor, right: Tensor, sweeps: int
+    block: Block, inputs: TokenInputs, left: Tensor, right: Tensor, sweeps: int
 ) -> pd.DataFrame:
-    rows = []
-    for number in range(sweeps + 1):
-        near = agreement(made, right)
-        rows.append(
-            {
-                "sweep": number,
-                "mse": near["mse"],
-                "relative_error_mean": near["relative_error_mean"],
-            }
-        )
-        made = sweep(block, inputs, made, before=torch.zeros_like(made[0]))
-    return pd.DataFrame(rows)
+    iterates = _sweeps(block, inputs, left, sweeps)
+    rows = [{"sweep": number, **agreement(one, right)} for number, one in enumerate(iterates)]
+    return pd.DataFrame(rows)[["sweep", "mse", "relative_error_mean"]]
 
 
 def _windows(block: Block, inputs: TokenInputs, right: Tensor, sweeps: int) -> pd.DataFrame:
     rows = []
-    made = torch.zeros_like(right)
-    for number in range(1, sweeps + 1):
-        before, made = made, sweep(block, inputs, made, before=torch.zeros_like(made[0]))
-        error = metrics.relative_errors(made, right)
+    iterates = pairwise(_sweeps(block, inputs, torch.zeros_like(right), sweeps))
+    for number, (before, after) in enumerate(iterates, start=1):
+        error = metrics.relative_errors(after, right)
         rows.append(
             {
                 "tokens": number,
                 "relative_error_mean": float(error.mean()),
                 "relative_error_max": float(error.max()),
-                "residual": float(metrics.relative_errors(before, made).max()),
+                "residual": float(metrics.relative_errors(before, after).max()),
             }
         )
     return pd.DataFrame(rows)

@@ -14,14 +14,13 @@ def generate(
     """`prompt` and its continuation; the state is one context vector and n tokens.
 
     Args:
-        temperature: divides the logits before sampling; 0 takes the likeliest token.
+        temperature: divides the logits before sampling; 0: always the likeliest token.
 
     Raises:
         ValueError: no tokeniser, a prompt without tokens, or a number out of range.
     """
     if not model.generates:
-        got = "contexts: got a control without them"
-        raise ValueError(f"{got}; accepted: a model that has them")
+        raise ValueError("contexts: got a control without any; accepted: a model that has them")
     if model.tokenizer is None:
         raise ValueError("tokenizer: got None; accepted: a model built with a tokeniser")
     if max_new_tokens < 1:

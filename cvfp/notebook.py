@@ -1,8 +1,8 @@
 """A notebook's parameters -> the Experiment of its runs, checked before anything runs.
 
-The cell tagged `parameters` declares what the notebook itself has a say in. Every other field of
-the Experiment is a parameter too: papermill (`-p num_layers 6`) writes it into a cell after that
-one, and a person can write it into the cell.
+The cell tagged `parameters` declares the notebook's own. Every field of the Experiment is a
+parameter too: papermill (`-p num_layers 6`) writes it into a cell after that one, and a person can
+write it into the cell.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import ast
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from cvfp import data
-from cvfp.config import Experiment, ParameterError, nearest
+from cvfp.config import Experiment, ParameterError, nearest, plain
 from cvfp.parameters import PLAIN, SIZES, parsed
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cvfp.analysis.measures import Source
     from cvfp.result import Result
 
-FIELDS = tuple(field.name for field in fields(Experiment))
-# `varies` of a notebook that reads Phase 1 and perplexity of all its runs.
+FIELDS = [field.name for field in fields(Experiment)]
+# `varies` of a notebook whose runs must all have a Phase 1 and a perplexity.
 CVFP_ONLY = {
     "model": "every run here has a Phase 1; 06_controls has the other models",
     "contexts": "every run here has a Phase 1; 06_controls has the other contexts",
@@ -43,10 +43,10 @@ def given(
     be a parameter; the variables of other cells are left alone.
 
     Args:
-        varies: fields of the Experiment that may not be given, each with the own parameter that
+        varies: fields of the Experiment that may not be set, each with the own parameter that
             sets it, or with words that say why.
         own: the notebook's own parameters, each with its kind (`parameters.KINDS`), "… or None"
-            for one that may be left open. One with the name of a field takes the field's place.
+            where None is allowed. One with the name of a field takes the field's place.
 
     Raises:
         ParameterError: a name that is no parameter (the nearest one is named), a field that the
@@ -59,49 +59,49 @@ def given(
         raise ValueError(f"varies: got {', '.join(varies)}; accepted: fields not in own")
     declared = ("preset", *own)
     names, certain = _assigned(namespace, set(declared))
-    accepted = dict.fromkeys((*declared, *FIELDS))
+    accepted = list(dict.fromkeys((*declared, *FIELDS)))
     for name in certain:
         if name not in accepted:
             raise ParameterError(name, namespace[name], nearest(name, accepted))
     for name in names:
         if name in varies and namespace[name] is not None:
-            words = varies[name]
-            words = f"{words}, which sets it here" if words in own else f"no value ({words})"
+            why = varies[name]
+            words = f"{why}, which sets it here" if why in own else f"no value ({why})"
             raise ParameterError(name, namespace[name], words)
     for name in declared:
         if name not in namespace:
             raise ParameterError(name, "nothing", "a value in the cell tagged 'parameters'")
     chosen = [name for name in names if name in FIELDS and name not in (*own, *varies)]
-    return Given(
-        str(namespace["preset"]),
-        {name: namespace[name] for name in chosen},
-        {name: namespace[name] for name in own},
-        own,
-    )
+    return Given(namespace, chosen, own)
 
 
 class Given:
-    """What `given` found; the notebook's own parameters are attributes, parsed: `given.seeds`.
+    """A notebook's parameters; its own ones are attributes, parsed: `given.seeds`.
 
     Attributes:
         preset: name of the preset.
         parameters: all of them as they were written, without those left at None, and without
-            `n_jobs`, which moves no number: what it takes to make the notebook's runs again.
+            `n_jobs`, which changes no result: all that is needed to repeat the notebook's runs.
+
+    Args:
+        chosen: names of the Experiment's fields that were set.
+        kinds: of the notebook's own parameters.
     """
 
     def __init__(
-        self, preset: str, chosen: dict[str, Any], own: dict[str, Any], kinds: dict[str, str]
+        self, namespace: Mapping[str, Any], chosen: Sequence[str], kinds: Mapping[str, str]
     ) -> None:
-        self.preset, self._chosen = preset, chosen
-        self._own = {name: parsed(name, value, kinds[name]) for name, value in own.items()}
-        self._sizes = [name for name in own if kinds[name].removesuffix(" or None") in SIZES]
-        # A range, say, is no JSON: it is kept as the list that it spells.
-        kept = {k: x if isinstance(x, PLAIN) else self._own[k] for k, x in own.items()}
-        self.parameters = {
-            name: value
-            for name, value in {"preset": preset, **chosen, **kept}.items()
-            if value is not None and name != "n_jobs"
+        self.preset = str(namespace["preset"])
+        self._chosen = {name: plain(namespace[name]) for name in chosen}
+        self._own = {name: parsed(name, namespace[name], kind) for name, kind in kinds.items()}
+        self._sizes = [n for n, kind in kinds.items() if kind.removesuffix(" or None") in SIZES]
+        # What is no JSON, such as a range, is recorded as parsed.
+        written = {
+            name: namespace[name] if isinstance(namespace[name], PLAIN) else value
+            for name, value in self._own.items()
         }
+        everything = {"preset": self.preset, **self._chosen, **written, "n_jobs": None}
+        self.parameters = {k: value for k, value in everything.items() if value is not None}
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__.get("_own", {})
@@ -110,7 +110,7 @@ class Given:
         return own[name]
 
     def experiment(self, **overrides: Any) -> Experiment:
-        """The preset with the fields that were given, and `overrides` in place of them.
+        """The preset with the fields that were set, and `overrides` in place of them.
 
         Raises:
             ParameterError: a value that cannot be used, on this machine or with this corpus; a
@@ -119,10 +119,10 @@ class Given:
         experiment = Experiment.preset(self.preset, **{**self._chosen, **overrides})
         experiment.resolved()
         for name in self._sizes or ["samples"]:
-            found = self._own.get(name, experiment.samples)
-            sizes = found if isinstance(found, list) else [found]
-            # The corpus has the largest; a tail can be cut off the smallest.
-            for size in () if found is None else (max(sizes), min(sizes)):
+            value = self._own.get(name, experiment.samples)
+            sizes = value if isinstance(value, list) else [value]
+            # The corpus must have the largest; the smallest must have a tail to cut off.
+            for size in () if value is None else (max(sizes), min(sizes)):
                 try:
                     data.load(experiment.replace(samples=size))
                 except ParameterError as error:
@@ -132,7 +132,7 @@ class Given:
         return experiment
 
     def source(self, notebook: str, one: Result) -> Source:
-        """How to measure again: the notebook's file name without its ending, and its parameters.
+        """What repeats a measurement: the notebook's file name without its ending, and parameters.
 
         Args:
             one: any of its runs, all of the same corpus, tokeniser and device.
@@ -145,7 +145,7 @@ class Given:
 def record(
     results: Sequence[Result], judged: Mapping[str, Measurement] | None = None
 ) -> pd.DataFrame:
-    """The last cell: keeps the measurements of claims in the store, and lists the runs behind."""
+    """The last cell: stores the measurements of claims, and lists the runs that they come from."""
     from cvfp.analysis import ledger, tables
 
     for name, measurement in (judged or {}).items():
@@ -153,23 +153,21 @@ def record(
     return tables.record(results)
 
 
-class _Cell(NamedTuple):
-    """A cell that ran: the names it assigns; whether it does nothing but assign literals."""
+class _Cell:
+    """A cell that ran: the names that it assigns, and whether it only assigns literals."""
 
-    names: set[str]
-    literal: bool
-
-
-def _cell(source: str) -> _Cell:
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError):
-        body = []
-    assigns = [one for one in body if isinstance(one, (ast.Assign, ast.AnnAssign)) and one.value]
-    stored = [node for one in assigns for node in ast.walk(one) if isinstance(node, ast.Name)]
-    names = {node.id for node in stored if isinstance(node.ctx, ast.Store)}
-    literal = len(assigns) == len(body) and all(_literal(one.value) for one in assigns)
-    return _Cell(names, literal and bool(body))
+    def __init__(self, source: str) -> None:
+        try:
+            body = ast.parse(source).body
+        except (SyntaxError, ValueError):
+            body = []
+        assigns = [
+            one for one in body if isinstance(one, (ast.Assign, ast.AnnAssign)) and one.value
+        ]
+        nodes = [node for one in assigns for node in ast.walk(one) if isinstance(node, ast.Name)]
+        self.names = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+        literals = len(assigns) == len(body) and all(_literal(one.value) for one in assigns)
+        self.literal = literals and bool(body)
 
 
 def _literal(value: ast.expr | None) -> bool:
@@ -184,17 +182,17 @@ def _literal(value: ast.expr | None) -> bool:
 def _assigned(namespace: Mapping[str, Any], declared: set[str]) -> tuple[list[str], list[str]]:
     """Names that may be parameters, and those of them that must be.
 
-    IPython keeps the sources of the cells that ran in `In`; the last that assigns all that is
-    `declared` is the parameters cell, in whatever order cells are run again. What it assigns must
-    be parameters, and what cells of literals right after it do; such a cell that was run later may
-    set a field. Where the parameters cell was split, all cells of literals count; without a
-    history, as in a script, all variables of plain values do.
+    IPython has the sources of the cells that ran in `In`. The last that assigns all of `declared`
+    is the parameters cell, in whatever order cells are run again. What it assigns must be
+    parameters, and so must what is assigned in cells of literals right after it; such a cell that
+    was run later may set a field. Where the parameters cell was split, all cells of literals count;
+    without a history, as in a script, all variables of plain values do.
     """
     history = namespace.get("In")
     if not isinstance(history, list):
         must = may = {name for name, value in namespace.items() if isinstance(value, PLAIN)}
     else:
-        cells = [_cell(str(source)) for source in history]
+        cells = [_Cell(str(source)) for source in history]
         own = [i for i, cell in enumerate(cells) if declared <= cell.names]
         own = [i for i in own if not history[i].startswith("# Parameters\n")]  # papermill's
         later = cells[own[-1] + 1 :] if own else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -52,7 +52,7 @@ def _write(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Stage:
+class Stage(AbstractContextManager["Stage"]):
     """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`.
 
     Args:
@@ -60,7 +60,7 @@ class Stage:
     """
 
     def __init__(self, title: str, total: int, unit: str = "it", every: int = 1) -> None:
-        self.title, self.total, self.every = title, total, every
+        self.title, self.every = title, every
         self.mode = mode()
         self.calls = 0
         self.pending: str | None = None
@@ -68,15 +68,14 @@ class Stage:
         if self.mode == "bar":
             self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, leave=False)
 
-    def __enter__(self) -> Stage:
-        return self
-
     def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         """Count `steps`; show `figures` if there are any."""
         if self.bar is not None:
             self.bar.update(steps)
-        if not figures:
-            return
+        if figures:
+            self.show(figures)
+
+    def show(self, figures: Mapping[str, float]) -> None:
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
@@ -90,12 +89,7 @@ class Stage:
             _write(f"{self.title}: {self.pending}")
         self.pending = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._flush()
         if self.bar is not None:
             self.bar.close()

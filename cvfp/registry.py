@@ -1,4 +1,4 @@
-"""Own parts by name: what an Experiment names and a researcher brings.
+"""Own parts: a researcher's objectives, blocks, contexts and corpus formats, by name.
 
 A part is registered under a name by a decorator, or named as "module:function". Its source is part
 of a run's key, so that a changed part is another run.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cvfp import cache
-from cvfp.errors import ParameterError
+from cvfp.errors import ParameterError, shortened
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 HISTORY = ("iteration", "loss", "change", "converged")
@@ -27,7 +27,7 @@ RECEIVED: dict[tuple[str, str], str | None] = {}
 
 
 def _built_in(*_: Any) -> Any:
-    """What Phase 2 reads by a built-in name: `controls` has it."""
+    """Stands for the contexts of a built-in name, which `controls` has."""
 
 
 CONTEXTS = ("trained", "random", "zero", "shuffled", "window", "end_to_end")
@@ -56,13 +56,13 @@ def _registering(kind: str, name: str) -> Callable[[Part], Part]:
 
 def objective(name: str) -> Callable[[Part], Part]:
     """Register what Phase 1 minimises: a function (new, old, batch) -> (losses [K], figures), or an
-    nn.Module class made with (experiment, context_dim, embedding_dim)."""
+    nn.Module class called with (experiment, context_dim, embedding_dim)."""
     return _registering("objective", name)
 
 
 def block(name: str) -> Callable[[Part], Part]:
-    """Register a ContextBlock: an nn.Module class made with (experiment, input_dim), with what
-    `model.Block` asks for. Its `initialise` draws on the CPU, as `model.initialise` does."""
+    """Register a ContextBlock: an nn.Module class called with (experiment, input_dim), with the
+    attributes of `model.Block`. Its `initialise` draws on the CPU, as `model.initialise` does."""
     return _registering("block", name)
 
 
@@ -91,7 +91,8 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
         try:
             part = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, TypeError) as error:
-            raise ParameterError(kind, name, f"a module and a name in it ({error})") from error
+            accepted = f"a module and a name in it ({shortened(str(error))})"
+            raise ParameterError(kind, name, accepted) from error
         if callable(part):
             return part
     near = difflib.get_close_matches(name, PARTS[kind], 1)
@@ -120,7 +121,7 @@ def receive(parts: dict[tuple[str, str], tuple[Callable[..., Any], str | None]])
 def source(kind: str, name: str) -> str | None:
     """A digest of an own part's code and of all that it names in its module or notebook: helpers,
     constants, values closed over. Empty for a built-in part; None where some of it has no source or
-    cannot be told, so that the run cannot be found again."""
+    no digest, so that the run has no key."""
     if (kind, name) in RECEIVED:
         return RECEIVED[kind, name]
     part = resolve(kind, name)
@@ -128,19 +129,19 @@ def source(kind: str, name: str) -> str | None:
         return ""
     if _is_library(part):  # whose version is not in the key
         return None
-    found: list[object] = []
+    content: list[object] = []
     try:
-        _collect(name, part, found, {})
+        _collect(name, part, content, {})
     except (OSError, TypeError, SyntaxError):
         return None
-    return cache.digest(*found)
+    return cache.digest(*content)
 
 
 def sources(experiment: Any, *kinds: str) -> dict[str, str | None]:
     """`source` of each own part that an Experiment names, by kind; built-in ones are left out."""
     named = {kind: getattr(experiment, kind) for kind in kinds or PARTS}
-    found = {kind: source(kind, name) for kind, name in named.items() if name is not None}
-    return {kind: digest for kind, digest in found.items() if digest != ""}
+    digests = {kind: source(kind, name) for kind, name in named.items() if name is not None}
+    return {kind: digest for kind, digest in digests.items() if digest != ""}
 
 
 def _is_library(part: Any) -> bool:
@@ -154,43 +155,41 @@ def _is_library(part: Any) -> bool:
     return root == "cvfp" or root in sys.stdlib_module_names or installed
 
 
-def _collect(name: str, value: Any, found: list[object], seen: dict[int, Any]) -> None:
+def _collect(name: str, value: Any, content: list[object], seen: dict[int, Any]) -> None:
     """Append what `value` is, followed through the functions and classes that it names.
 
     Raises:
-        OSError, TypeError: it has no source, or is of a kind that cannot be told.
+        OSError, TypeError: it has no source, or is of a kind that has no digest.
     """
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype)):
-        found.append([name, repr(value)])
+        content.append([name, repr(value)])
     elif isinstance(value, Tensor):
-        found += [name, str(value.dtype), list(value.shape), value]
+        content += [name, str(value.dtype), list(value.shape), value]
     elif isinstance(value, (list, tuple, dict)):
-        found.append([name, type(value).__name__, len(value)])
+        content.append([name, type(value).__name__, len(value)])
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, one in pairs:
-            found.append(repr(key))
-            _collect(name, one, found, seen)
-    elif isinstance(value, types.BuiltinFunctionType):
-        found.append([name, str(value.__module__), value.__qualname__])
-    elif not isinstance(value, (type, types.FunctionType)):
-        raise TypeError(f"{name}: a {type(value).__name__} cannot be told")
-    elif _is_library(value):
-        found.append([name, value.__module__, value.__qualname__])
+            content.append(repr(key))
+            _collect(name, one, content, seen)
+    elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        raise TypeError(f"{name}: no digest of a {type(value).__name__}")
+    elif isinstance(value, types.BuiltinFunctionType) or _is_library(value):
+        content.append([name, str(value.__module__), value.__qualname__])
     elif id(value) not in seen:
         seen[id(value)] = value  # held, so that no other object gets its id
         if isinstance(value, types.FunctionType):
-            inspect.getsource(value)  # or there is none to be found again
-            _collect_function(value, found, seen)
+            inspect.getsource(value)  # raises where there is none
+            _collect_function(value, content, seen)
             return
         for base in value.__bases__:
-            _collect(name, base, found, seen)
+            _collect(name, base, content, seen)
         for own_name, member in sorted(vars(value).items()):
             member = getattr(member, "__func__", getattr(member, "fget", member))
             if isinstance(member, types.FunctionType) or not own_name.startswith("__"):
-                _collect(own_name, member, found, seen)
+                _collect(own_name, member, content, seen)
 
 
-def _collect_function(function: types.FunctionType, found: list[object], seen: Any) -> None:
+def _collect_function(function: types.FunctionType, content: list[object], seen: Any) -> None:
     """Its bytecode and constants (the docstring aside), and what it names. The bytecode is what
     runs: its text may have been edited since."""
     codes, used = [function.__code__], dict(vars(function))
@@ -198,24 +197,23 @@ def _collect_function(function: types.FunctionType, found: list[object], seen: A
         code = codes.pop()
         plain = [one for one in code.co_consts if not isinstance(one, types.CodeType)]
         plain = [one for one in plain if one is not function.__doc__ or one is None]
-        found += [code.co_code, repr(plain), repr(code.co_names), repr(code.co_varnames)]
+        content += [code.co_code, repr(plain), repr(code.co_names), repr(code.co_varnames)]
         codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
         steps = list(dis.get_instructions(code))
         for step in steps:
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                 used[step.argval] = function.__globals__[step.argval]
             elif step.opname == "IMPORT_NAME" and not _is_library(types.ModuleType(step.argval)):
-                raise TypeError(f"{step.argval}: an import inside a function cannot be told")
+                raise TypeError(f"{step.argval}: no digest of an import inside a function")
         attributes = {step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
         for module in [one for one in used.values() if isinstance(one, types.ModuleType)]:
             if not _is_library(module):
                 used |= {n: getattr(module, n) for n in attributes if hasattr(module, n)}
-    closed = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    used |= {name: cell.cell_contents for name, cell in closed}
+    used |= inspect.getclosurevars(function).nonlocals
     used["defaults"] = [function.__defaults__, function.__kwdefaults__]
     for name, one in sorted(used.items()):
         if not isinstance(one, types.ModuleType):
-            _collect(name, one, found, seen)
+            _collect(name, one, content, seen)
 
 
 def build_objective(
@@ -234,7 +232,7 @@ def build_objective(
     return module.to(table.device), list(module.parameters())
 
 
-def check_objective(name: str, returned: object, groups: int) -> None:
+def check_objective(name: str, returned: Any, groups: int) -> None:
     """Refuse an objective by name for what it returned.
 
     Raises:
@@ -245,13 +243,13 @@ def check_objective(name: str, returned: object, groups: int) -> None:
     def fits(one: object) -> bool:
         return isinstance(one, Tensor) and one.shape == (groups,)
 
-    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
-    losses, figures = pair
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    losses, figures = returned if pair else (returned, None)
     got = ""
-    if not isinstance(losses, Tensor) or not fits(losses):
-        got = (
-            f"losses of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else "no losses"
-        )
+    if not isinstance(losses, Tensor):
+        got = "no losses"
+    elif not fits(losses):
+        got = f"losses of shape {tuple(losses.shape)}"
     elif not losses.isfinite().all():
         got = "a loss that is not finite"
     elif not losses.requires_grad:
@@ -260,47 +258,51 @@ def check_objective(name: str, returned: object, groups: int) -> None:
         got = "figures that are not a dict of one number a group"
     elif set(figures) & set(HISTORY) or not all(isinstance(key, str) for key in figures):
         got = f"figures named {list(figures)}, where {', '.join(HISTORY)} are Phase 1's own"
-    if got:
-        accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
-        raise ValueError(f"objective: got {got} from {name!r}; accepted: {accepted}")
+    accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
+    _refuse("objective", name, got, accepted)
 
 
-def check_block(name: str, made: Any, width: int, input_dim: int) -> None:
-    """Refuse a block by name, made for D = `width`; it is initialised and run on zeros.
+def check_block(name: str, block: Any, width: int, input_dim: int) -> None:
+    """Refuse a block for D = `width` by name; it is initialised and run on zeros.
 
     Raises:
         ValueError: a missing attribute, outputs of another shape, or not finite.
     """
-    widths, got = getattr(made, "widths", None), ""
-    initialise: Any = getattr(made, "initialise", None)
-    if not isinstance(made, torch.nn.Module) or not callable(initialise):
-        got = f"a {type(made).__name__} without initialise(generator)"
-    elif getattr(made, "context_dim", None) != width:
-        got = f"context_dim {getattr(made, 'context_dim', None)}"
+    context_dim, widths = getattr(block, "context_dim", None), getattr(block, "widths", None)
+    initialise: Any = getattr(block, "initialise", None)
+    got = ""
+    if not isinstance(block, torch.nn.Module) or not callable(initialise):
+        got = f"a {type(block).__name__} without initialise(generator)"
+    elif context_dim != width:
+        got = f"context_dim {context_dim}"
     elif not isinstance(widths, (list, tuple)) or not widths or widths[-1] != width:
         got = f"widths {widths}"
     else:
         initialise(torch.Generator().manual_seed(0))
         with torch.no_grad():
-            outputs = made(torch.zeros(2, width), torch.zeros(2, input_dim))
+            outputs = block(torch.zeros(2, width), torch.zeros(2, input_dim))
         shapes = [tuple(getattr(one, "shape", ())) for one in outputs]
         if shapes != [(2, one) for one in widths]:
             got = f"outputs of shape {shapes}"
         elif not all(one.isfinite().all() for one in outputs):
             got = "outputs that are not finite"
-    if got:
-        accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
-        accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
-        raise ValueError(f"block: got {got} from {name!r}; accepted: {accepted}")
+    accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
+    accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
+    _refuse("block", name, got, accepted)
 
 
-def check_contexts(name: str, made: object, shape: tuple[int, int]) -> Tensor:
+def check_contexts(name: str, contexts: Any, shape: tuple[int, int]) -> Tensor:
     """Own contexts [T, D], without a graph.
 
     Raises:
         ValueError: another shape, or a value that is not finite.
     """
-    if isinstance(made, Tensor) and made.shape == shape and made.isfinite().all():
-        return made.detach()
-    got = f"{type(made).__name__} of shape {tuple(getattr(made, 'shape', ()))}"
-    raise ValueError(f"contexts: got {got} from {name!r}; accepted: finite contexts {shape}")
+    got = f"{type(contexts).__name__} of shape {tuple(getattr(contexts, 'shape', ()))}"
+    fits = isinstance(contexts, Tensor) and contexts.shape == shape and contexts.isfinite().all()
+    _refuse("contexts", name, "" if fits else got, f"finite contexts {shape}")
+    return contexts.detach()
+
+
+def _refuse(kind: str, name: str, got: str, accepted: str) -> None:
+    if got:
+        raise ValueError(f"{kind}: got {got} from {name!r}; accepted: {accepted}")

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result:
     """What a run measured. `column_docs()` gives the meaning and unit of every column.
 
-    Fields that do not apply are None: never 0 for missing. A run that Phase 1 gave up (`aborted`
-    says why) has no Phase 2: no perplexity, and nothing in the lists that come from it. A control
-    without contexts, or a peer, has none of their figures.
+    What does not apply is None or an empty list, never 0. A run that was given up in Phase 1
+    (`aborted` says why) has nothing that comes from Phase 2. A control without contexts, or a peer,
+    has none of their figures.
     """
 
     key: str
@@ -33,30 +33,30 @@ class Result:
     vocab_size: int
     embedding_dim: int
     parameters: dict[str, int]
-    val_ppl: float | None
-    val_acc: float | None
-    val_bpb: float | None
-    train_ppl: float | None
-    train_er: float | None
-    val_er: float | None
-    phase1_iterations: int | None
-    converged: float | None
-    best_epoch: int | None
-    aborted: str | None
+    val_ppl: float | None = None
+    val_acc: float | None = None
+    val_bpb: float | None = None
+    train_ppl: float | None = None
+    train_er: float | None = None
+    val_er: float | None = None
+    phase1_iterations: int | None = None
+    converged: float | None = None
+    best_epoch: int | None = None
+    aborted: str | None = None
     baselines: dict[str, dict[str, float] | None]
-    phase1_history: list[dict[str, float]]
-    phase2_history: list[dict[str, float]]
-    train_spectrum: list[float]
-    val_spectrum: list[float]
-    val_conversations: list[dict[str, float]]
-    val_positions: list[dict[str, float]]
-    val_frequencies: list[dict[str, float]]
-    context_sweeps: int | None
-    context_error: float | None
-    contraction_rate: float | None
-    memory_length: int | None
+    phase1_history: list[dict[str, float]] = field(default_factory=list)
+    phase2_history: list[dict[str, float]] = field(default_factory=list)
+    train_spectrum: list[float] = field(default_factory=list)
+    val_spectrum: list[float] = field(default_factory=list)
+    val_conversations: list[dict[str, float]] = field(default_factory=list)
+    val_positions: list[dict[str, float]] = field(default_factory=list)
+    val_frequencies: list[dict[str, float]] = field(default_factory=list)
+    context_sweeps: int | None = None
+    context_error: float | None = None
+    contraction_rate: float | None = None
+    memory_length: int | None = None
     seconds: dict[str, float]
-    phase1_from_store: bool
+    phase1_from_store: bool = False
     peak_memory_mib: float
     peak_device_memory_mib: float | None
     device: str
@@ -75,8 +75,7 @@ class Result:
             ParameterError: a run without contexts.
         """
         if self.train_er is None or self.val_er is None:
-            kind = (self.experiment.model, self.experiment.contexts)
-            raise ParameterError("model, contexts", kind, "a run that has contexts")
+            raise self._without("contexts")
         return self.train_er, self.val_er
 
     @property
@@ -87,15 +86,16 @@ class Result:
             ParameterError: a run without a Phase 1.
         """
         if self.phase1_iterations is None or self.converged is None:
-            kind = (self.experiment.model, self.experiment.contexts)
-            raise ParameterError("model, contexts", kind, "a run that has a Phase 1")
+            raise self._without("a Phase 1")
         return self.phase1_iterations, self.converged
+
+    def _without(self, what: str) -> ParameterError:
+        kind = self.experiment.model, self.experiment.contexts
+        return ParameterError("model, contexts", kind, f"a run that has {what}")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, without the model."""
-        record = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("_model", "from_store"):
-            del record[name]
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return {**record, "experiment": self.experiment.to_dict()}
 
     @classmethod
@@ -103,16 +103,16 @@ class Result:
         return cls(**{**record, "experiment": Experiment(**record["experiment"])})
 
     def model(self) -> CVFP | Peer:
-        """The trained model with its tokeniser: this run's, or the one kept in the store.
+        """The trained model with its tokeniser: this run's, or the stored one.
 
         Raises:
-            FileNotFoundError: the model was too large to keep (over 50 MB) or has been deleted.
+            FileNotFoundError: the model was too large to be stored (over 50 MB) or was deleted.
         """
         if self._model is None:
             weights = store.read_model(self.key)
             if weights is None:
                 raise FileNotFoundError(
-                    f"no model is kept for run {self.key}: models over "
+                    f"no model is stored for run {self.key}: models over "
                     f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
                     "returns a result that has it"
                 )
@@ -159,11 +159,11 @@ def column_docs() -> dict[str, str]:
         "val_acc": "validation top-1 accuracy, fraction",
         "val_bpb": "validation bits per byte of UTF-8 text",
         "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
-        "train_er": "effective rank of the training contexts that Phase 2 reads, fraction of D",
+        "train_er": "effective rank of Phase 2's training contexts, fraction of D",
         "val_er": "effective rank of the exact validation contexts, fraction of D",
         "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
         "converged": "fraction of training tokens converged at the last iteration",
-        "aborted": "why Phase 1 gave the run up (phase1_abort); null: it did not",
+        "aborted": "why the run was given up in Phase 1 (phase1_abort); null: it was not",
         "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
         "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
         "context_error": "bound on the error of any of them, relative to its norm, before rounding",

@@ -13,7 +13,7 @@ import torch
 
 from cvfp import registry
 from cvfp.build import build
-from cvfp.config import Experiment, ParameterError
+from cvfp.config import Experiment, ParameterError, plain
 from cvfp.experiment import prepare, run
 from cvfp.progress import Stage
 from cvfp.result import Result, Results
@@ -26,8 +26,8 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
     sweep goes on where it stopped.
 
     Args:
-        n_jobs: processes; the cores are shared out among them. Times taken with more than one are
-            taken under contention.
+        n_jobs: processes, as joblib counts them (-1: one for each core); each has its share of the
+            cores. Seconds measured with more than one are those of processes that compete.
         grid: fields of the Experiment, each with the values to run.
 
     Raises:
@@ -35,14 +35,14 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         ParameterError: an unknown field, a bad value, a size that exceeds the corpus, or a peer
             that cannot be built, for any of the runs, before the first starts.
     """
-    if type(n_jobs) is not int or n_jobs < 1:
-        raise ParameterError("n_jobs", n_jobs, "an integer of at least 1")
+    jobs = plain(n_jobs)
+    if type(jobs) is not int or jobs == 0:
+        raise ParameterError("n_jobs", n_jobs, "an integer of at least 1, or -1 for all cores")
+    jobs = joblib.effective_n_jobs(jobs)
+    lists: dict[str, list[Any]] = {}
     for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise ParameterError(name, values, "a list of values")
-    lists = {name: list(values) for name, values in grid.items()}
-    for name, values in lists.items():
-        if not values:
+        lists[name] = list(values) if isinstance(values, Iterable) else []
+        if isinstance(values, str) or not lists[name]:
             raise ParameterError(name, values, "a list of at least one value")
     combinations = itertools.product(*lists.values())
     experiments = [
@@ -58,25 +58,22 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         warnings.catch_warnings(),
         Stage("Sweep", len(experiments), unit="run", every=1) as stage,
     ):
-        if n_jobs == 1:
+        if jobs == 1:
             finished: Iterable[Result] = map(_run_one, experiments)
         else:
             # Workers that idle between short runs are started again: no news to a reader.
             warnings.filterwarnings("ignore", "A worker stopped while", UserWarning)
-            threads, own = max(1, torch.get_num_threads() // n_jobs), registry.own()
-            finished = joblib.Parallel(n_jobs, return_as="generator")(
+            threads, own = max(1, torch.get_num_threads() // jobs), registry.own()
+            finished = joblib.Parallel(jobs, return_as="generator")(
                 joblib.delayed(_run_apart)(one, threads, own) for one in experiments
             )
         for result in finished:
             results.append(result)
-            stage.advance(1, _figures(result, grid))
+            row = result.row()
+            shown = {name: row[name] for name in (*grid, "val_ppl")}
+            numbers = {k: v for k, v in shown.items() if isinstance(v, (int, float))}
+            stage.advance(1, numbers)
     return results
-
-
-def _figures(result: Result, grid: Iterable[str]) -> dict[str, float]:
-    values = {name: getattr(result.experiment, name) for name in grid}
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    return numbers if result.val_ppl is None else {**numbers, "val_ppl": result.val_ppl}
 
 
 def _run_one(experiment: Experiment) -> Result:

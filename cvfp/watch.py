@@ -1,8 +1,9 @@
-"""Seconds, peak memory, and work beside training."""
+"""Seconds and peak memory of a run, and work in the background."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,18 +18,15 @@ from cvfp import ops
 MEBIBYTE = 2**20
 
 
-class Background:
-    """Work that goes on beside training on a GPU; leaving the block waits for it and raises its
+class Background(contextlib.AbstractContextManager["Background"]):
+    """Work in a second thread while a GPU trains; leaving the block waits for it and raises its
     errors. On a CPU it is done at once: a second thread that computes there halves the speed of the
     first, for OpenMP then puts waiting threads to sleep."""
 
     def __init__(self, device: str) -> None:
         self.beside = device == "cuda"
-
-    def __enter__(self) -> Background:
         self.pool = ThreadPoolExecutor(1)
         self.work: list[Future[None]] = []
-        return self
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
         if self.beside:
@@ -37,7 +35,7 @@ class Background:
             work(*arguments)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pool.shutdown()  # an error of training does not lose Phase 1
+        self.pool.shutdown()  # waits: an error of training does not lose Phase 1
         if kind is None:
             for one in self.work:
                 one.result()
@@ -69,11 +67,9 @@ class Watch:
 
 
 def _peak_resident_mib() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
+    with contextlib.suppress(OSError):  # Linux alone has it
+        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 1024
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,6 +77,4 @@ def _peak_resident_mib() -> float:
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return ops.processor()
+    return torch.cuda.get_device_name() if device == "cuda" else ops.processor()

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvfp import Experiment, ParameterError, config, sweep
+from cvfp import Experiment, ParameterError, cache, config, sweep
 from cvfp.config import PRESETS
 
 BAD = [
@@ -37,7 +39,7 @@ BAD = [
     ("validation", "heldout", "'held_out' or 'tail'"),
     ("training_contexts", "sequential", "'parallel' or 'exact'"),
     ("precision", "float16", "'auto' or 'float32' or 'bfloat16'"),
-    ("device", "gpu", "'auto', 'cpu', 'cuda' or 'mps'"),
+    ("device", "gpu", "'auto' or 'cpu' or 'cuda' or 'mps'"),
     ("dataset", " ", "not empty"),
     ("tokenizer", "", "not empty"),
     ("column", 3, "text or None"),
@@ -81,6 +83,61 @@ def test_float_takes_an_int_but_not_one_beyond_floats() -> None:
     assert type(made.phase1_noise) is float
     with pytest.raises(ParameterError, match=r"^phase2_learning_rate: "):
         Experiment(phase2_learning_rate=10**400)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "value"),
+    [
+        ("samples", np.int64(50), 50),
+        ("seed", np.uint8(3), 3),
+        ("vocab_size", np.int32(512), 512),
+        ("phase1_noise", np.float64(0.25), 0.25),
+        ("phase1_noise", np.float32(0.25), 0.25),
+        ("phase1_noise", np.int64(1), 1.0),
+        ("weight_tying", np.bool_(False), False),
+        ("dataset", Path("a") / "b.jsonl", str(Path("a") / "b.jsonl")),
+        ("column", np.str_("text"), "text"),
+        ("validation", np.str_("tail"), "tail"),
+    ],
+)
+def test_numpy_values_and_paths_become_plain_and_change_no_key(
+    field: str, given: Any, value: Any
+) -> None:
+    wanted = Experiment(**{field: value})
+    for make in (Experiment, Experiment.preset, Experiment().replace):
+        made = make(**{field: given})
+        assert type(getattr(made, field)) is type(value)
+        assert made == wanted
+        assert cache.digest(made.key_fields()) == cache.digest(wanted.key_fields())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples", np.float64(2)),
+        ("samples", np.bool_(True)),
+        ("samples", np.int64(0)),
+        ("samples", np.array(3)),
+        ("phase2_learning_rate", np.float32("nan")),
+        ("weight_tying", np.int64(1)),
+        ("samples", Path("5")),
+    ],
+)
+def test_numpy_values_are_refused_where_plain_ones_are(field: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=f"^{field}: got "):
+        Experiment(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["objective", "samples", "validation", "weight_tying"])
+@pytest.mark.parametrize("end", ["", ":f"])
+def test_a_long_value_is_shortened_in_the_message(field: str, end: str) -> None:
+    value = "x" * 100_000 + end
+    with pytest.raises(ParameterError) as caught:
+        Experiment(**{field: value})
+    assert caught.value.value == value
+    assert str(caught.value).startswith(f"{field}: got 'xxx")
+    assert f"({len(value) + 2:,} characters)" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cvfp
 from cvfp import Experiment, ParameterError, contexts, controls, end_to_end, phase2
 from cvfp.build import build, build_cvfp, cvfp_size
-from cvfp.end_to_end import LSTM, Transformer, Unrolled
+from cvfp.end_to_end import LSTM, Transformer, unrolled
 from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP
 
@@ -41,6 +41,13 @@ def experiment(**fields: Any) -> Experiment:
 def made(**fields: Any) -> tuple[Experiment, CVFP]:
     one = experiment(**fields)
     return one, build_cvfp(one, table())
+
+
+def evaluate(model: CVFP, tokens: Tensor) -> phase2.Evaluation:
+    """On exact contexts, as runs do."""
+    inputs = model.context_inputs(tokens)
+    exact = cvfp.experiment.exact_contexts(model.context_block, inputs)
+    return phase2.evaluate(phase2.Positions(model, exact.values, tokens))
 
 
 # Zero contexts
@@ -173,7 +180,7 @@ def test_unrolled_equals_exact_contexts(fields: dict[str, Any], steps: int) -> N
     wanted = whole.hidden(
         positions, whole.outputs(positions, whole.previous(positions)), whole.token_inputs()
     )
-    read, state, parts = Unrolled(model), None, []
+    read, state, parts = unrolled(model), None, []
     for piece in positions.split(steps):
         hidden, state = read(inputs, piece[None], state)
         parts.append(hidden[0])
@@ -188,8 +195,8 @@ def test_end_to_end_trains_the_context_block(freeze: bool) -> None:
     tokens = stream()
     ran = end_to_end.train(
         model,
-        Unrolled(model),
-        lambda: end_to_end.evaluate(model, tokens[:60]),
+        unrolled(model),
+        lambda: evaluate(model, tokens[:60]),
         tokens,
         one,
         torch.Generator().manual_seed(0),
@@ -197,9 +204,7 @@ def test_end_to_end_trains_the_context_block(freeze: bool) -> None:
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(before) - ({"embedding"} if freeze else set())
     # What is reported is what the weights left behind give, contexts exact.
-    assert end_to_end.evaluate(model, tokens[:60]).loss == pytest.approx(
-        ran.validation.loss, abs=1e-6
-    )
+    assert evaluate(model, tokens[:60]).loss == pytest.approx(ran.validation.loss, abs=1e-6)
     sequential = contexts.evaluate(
         model.context_block, model.context_inputs(tokens[:60]), method="sequential"
     )
@@ -213,7 +218,7 @@ def test_an_epoch_reads_every_token_once(length: int, batch: int, unroll: int) -
         contexts="end_to_end", phase2_batch_size=batch, unroll=unroll, phase2_epochs=1
     )
     tokens = stream(length)
-    read = Unrolled(model)
+    read = unrolled(model)
     seen: list[Tensor] = []
     fresh: list[bool] = []
 
@@ -224,9 +229,7 @@ def test_an_epoch_reads_every_token_once(length: int, batch: int, unroll: int) -
             assert torch.equal(positions[:, 0], seen[-2][:, -1] + 1)  # lanes go on
         return read(inputs, positions, state)
 
-    end_to_end.train(
-        model, spy, lambda: end_to_end.evaluate(model, tokens), tokens, one, torch.Generator()
-    )
+    end_to_end.train(model, spy, lambda: evaluate(model, tokens), tokens, one, torch.Generator())
     everything = torch.cat([one.flatten() for one in seen]).tolist()
     lanes = len(seen[0])
     assert len(set(everything)) == len(everything)
@@ -242,8 +245,8 @@ def test_a_stream_too_short_to_unroll_is_named() -> None:
     with pytest.raises(ParameterError, match="unroll: got 64"):
         end_to_end.train(
             model,
-            Unrolled(model),
-            lambda: end_to_end.evaluate(model, tokens),
+            unrolled(model),
+            lambda: evaluate(model, tokens),
             tokens,
             one,
             torch.Generator(),
@@ -270,7 +273,11 @@ def test_peers_have_cvfps_size(model: Any, layers: int, width: int, dim: int) ->
         if p.requires_grad and name not in ("embedding", "head.weight", "head.bias")
     )
     assert abs(trained / size - 1) <= 0.05
-    assert peer.parameter_counts() == {"body": trained, "embedding": V * dim, "head": 0}
+    assert controls.parameter_counts(peer, one) == {
+        "body": trained,
+        "embedding": V * dim,
+        "head": 0,
+    }
 
 
 def lstm() -> LSTM:

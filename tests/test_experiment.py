@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import joblib
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_experiment
@@ -245,6 +247,34 @@ def test_sweep_side_by_side_equals_one_after_the_other(
         assert one.val_ppl == pytest.approx(other.val_ppl, rel=1e-4)
         assert one.train_er == pytest.approx(other.train_er, rel=1e-4)
         one.model()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_n_jobs_counts_as_in_joblib(
+    tiny: Experiment, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-1: a process for each core; with one core, this process alone."""
+    small = tiny.replace(samples=2, validation_samples=2, phase2_epochs=1)
+    wanted = [result.val_ppl for result in sweep(small, seed=[1, 2])]
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(cores))
+    processes = joblib.effective_n_jobs(-1)
+    assert processes <= cores
+    asked: list[int] = []
+    parallel = joblib.Parallel
+
+    def spy(n_jobs: int, **options: Any) -> Any:
+        asked.append(n_jobs)
+        return parallel(n_jobs, **options)
+
+    monkeypatch.setattr(joblib, "Parallel", spy)
+    assert [result.val_ppl for result in sweep(small, seed=[1, 2], n_jobs=-1)] == wanted
+    assert asked == ([] if processes == 1 else [processes])
+
+
+@pytest.mark.parametrize("n_jobs", [0, 1.0, "2", None, True, np.float64(1)])
+def test_n_jobs_that_joblib_does_not_know_is_refused(tiny: Experiment, n_jobs: Any) -> None:
+    with pytest.raises(ParameterError, match=r"^n_jobs: got .*-1 for all cores"):
+        sweep(tiny, seed=[1], n_jobs=n_jobs)
 
 
 @pytest.mark.parametrize(

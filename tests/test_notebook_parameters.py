@@ -186,7 +186,7 @@ def test_mistakes_of_the_notebook() -> None:
     [
         ("phase2_epochs", None, 2.5),
         ("phase2_epochs", None, "2.5"),
-        ("num_layers", None, np.int64(2)),
+        ("num_layers", None, np.float64(2)),
         ("patience_epochs", "count", 2.5),
         ("max_new_tokens", "count", 0),
         ("n_jobs", "count", 0),
@@ -217,6 +217,14 @@ def test_experiment_takes_what_was_given_and_overrides() -> None:
     given = notebook.given(space, sizes="sizes")
     experiment = given.experiment(fitting_samples=3, seed=7)
     assert experiment == cvfp.Experiment(samples=3, vocab_size=300, fitting_samples=3, seed=7)
+
+
+def test_numpy_numbers_and_paths_are_recorded_as_plain_values() -> None:
+    space = {"preset": "mini", "num_layers": np.int64(2), "dataset": Path("a"), "size": np.int64(3)}
+    history = "preset = 'mini'\nnum_layers = two\ndataset = Path('a')\nsize = three"
+    given = notebook.given({**space, "In": ["", history]}, size="size")
+    assert given.parameters == {"preset": "mini", "num_layers": 2, "dataset": "a", "size": 3}
+    assert [type(one) for one in given.parameters.values()] == [str, int, str, int]
 
 
 def test_source_has_all_that_makes_the_runs_again() -> None:
