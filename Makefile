@@ -1,4 +1,6 @@
+SHELL := bash
 PYTHON ?= python3
+WORKERS ?= 2
 SAMPLES ?= 500
 SEEDS ?= 42
 REPORT = reports/03_scaling_$(SAMPLES)
@@ -6,13 +8,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# Executed by test-full, not by test.
+LONG := $(wildcard notebooks/0[456]_*.ipynb)
+# Modules and notebooks stay whole, so that their fixtures and kernels are made once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# In their order: later ones take from the store what earlier ones ran.
+NBVAL := $(PYTEST) --no-loadscope-reorder --nbval-lax
+# A stage: its name, its command. Says how long it took; one that fails ends the rest.
+stage = @echo "== $(1)"; TIMEFORMAT="== $(1): %1lR"; time $(2)
 
-.PHONY: help install scaling claims test lint notebooks lab clean
+.PHONY: help install scaling claims test test-full lint notebooks lab clean
 
 help:
 	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
 	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
-	@echo "make test       lint, types, tests, notebooks"
+	@echo "make test       lint, types, tests, notebooks; without what takes long (WORKERS=2)"
+	@echo "make test-full  the tests and notebooks that make test leaves out"
 	@echo "make notebooks  execute notebooks/ anew at their defaults"
 	@echo "make lab        open JupyterLab"
 
@@ -34,14 +45,21 @@ scaling: install
 claims: install
 	$(BIN)/python -m cvfp.analysis.ledger reports/claims.md
 
+# Tensors here are too small for a second thread: a worker a core, one thread a worker.
+lint test test-full: export OMP_NUM_THREADS := 1
+
 lint: install
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(call stage,format,$(BIN)/ruff format --check .)
+	$(call stage,lint,$(BIN)/ruff check .)
+	$(call stage,types,$(BIN)/mypy)
 
 test: lint
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax notebooks/
+	$(call stage,tests,$(PYTEST) -m "not full")
+	$(call stage,notebooks,$(NBVAL) $(filter-out $(LONG),$(NOTEBOOKS)))
+
+test-full: install
+	$(call stage,long tests,$(PYTEST) -m full)
+	$(call stage,long notebooks,$(NBVAL) $(LONG))
 
 notebooks: install
 	for book in $(NOTEBOOKS); do $(BIN)/papermill $$book $$book --no-progress-bar || exit 1; done

@@ -132,7 +132,9 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("every", [True, False])
-@pytest.mark.parametrize("layers", range(1, 7))
+@pytest.mark.parametrize(
+    "layers", [1, 2, 6, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4, 5))]
+)
 def test_every_method_equals_the_loop(layers: int, every: bool) -> None:
     for n, trained in itertools.product((1, 2, 3), (False, True)):
         block = make_block(layers, n, every, trained=trained)

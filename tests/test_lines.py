@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,11 +70,12 @@ def name(path: Path) -> str:
 def test_lines_of_the_heart_and_of_the_engine_room(capsys: pytest.CaptureFixture[str]) -> None:
     heart = {module: lines(PACKAGE / f"{module}.py") for module in HEART}
     room = {path.stem: lines(path) for path in sorted((PACKAGE / "ops").glob("*.py"))}
-    with capsys.disabled():
+    with capsys.disabled():  # on stderr: pytest-xdist's workers have no stdout
         for words, counts, limit in (("heart", heart, HEART_LINES), ("ops", room, OPS_LINES)):
             each = ", ".join(f"{module} {count}" for module, count in counts.items())
-            print(f"\n{words}: {sum(counts.values())} lines of {limit} ({each})", end="")
-        print(f"\npackage: {lines(*FILES)} lines in {len(FILES)} files")
+            text = f"\n{words}: {sum(counts.values())} lines of {limit} ({each})"
+            print(text, end="", file=sys.stderr)
+        print(f"\npackage: {lines(*FILES)} lines in {len(FILES)} files", file=sys.stderr)
     assert sum(heart.values()) <= HEART_LINES, heart
     assert sum(room.values()) <= OPS_LINES, room
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -293,6 +294,16 @@ def test_papermill_is_stopped_by_a_name_that_is_none(
 def test_nbval_executes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     path = book(tmp_path, "assert given.seeds == [0, 1]", RUNS, GIVEN, "assert given.deep is None")
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", str(path), "-c", "/dev/null"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_nbval_reads_fields_in_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With notebooks/conftest.py, fields that the parameters cell sets are not the preset's."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    path = book(tmp_path, "assert given.parameters['samples'] == 20", RUNS, GIVEN)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", str(path), "-c", "/dev/null"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stdout

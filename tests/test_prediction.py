@@ -229,6 +229,7 @@ def test_errors_are_those_of_configurations_left_out_whole() -> None:
     assert found.beta_high == pytest.approx(solved[1] + half)
 
 
+@pytest.mark.full
 def test_interval_of_beta_covers_though_runs_are_alike() -> None:
     generator = np.random.default_rng(4)
     hits = 0
