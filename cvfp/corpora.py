@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import functools
 import gzip
@@ -9,7 +11,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 import reprlib
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +32,23 @@ CHITCHAT_MIN_CHARACTERS = 250
 
 FITTED_TABLES = ("bigram", "ppmi")
 
-COLUMNS = ("messages", "text")  # read where no column is named
+# Columns that hold lists of messages, and what is read where no column is named: the first of
+# these whose first and last column are there.
+MESSAGES = ("messages", "conversations")
+LAYOUTS = (
+    *((name,) for name in MESSAGES),
+    ("text",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("question", "answer"),
+)
+CONTENTS = ("content", "value", "text")  # where a message has what it says
+COPIED_WORDS = 4  # from so many words on, a text that is part of another is a copy
+WORD = re.compile(r"\w+")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Rows after which a corpus with too few texts is refused, without reading all of it.
 LOOK = 1000
 
@@ -50,18 +70,20 @@ class Texts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples' texts by role; no text of `validation` occurs in the other two.
+    """The samples' texts by role; no text of `validation` has a near copy in the other two.
 
     Attributes:
         validation: empty with validation="tail".
         fitting: empty where nothing is fitted.
         skipped: rows without text among those read.
+        copies: texts left out of the other two, because they repeat one of `validation`.
     """
 
     train: list[str]
     validation: list[str]
     fitting: list[str]
     skipped: int = 0
+    copies: int = 0
 
 
 def read(
@@ -72,22 +94,29 @@ def read(
     Args:
         path: a file that ends in one of `READERS`, gzipped or not; or a folder of such files, laid
             out like a hub dataset.
-        column: column that holds a text, or a list of messages with 'content', joined by a line
-            break; None: 'messages', else 'text'.
+        column: column that holds a text or a list of messages, which are joined by a line break;
+            None: the first of `LAYOUTS` that a row has.
         corpus_format: own function (or its name) from one row to its conversation's text, or None
             where it has none. A row is a dict of columns, or one line (a str) of a .txt file.
             Without it, a .txt file is one text.
 
     Raises:
-        ParameterError: a path, column or file that cannot be read, or more than a tenth of the
-            rows without text.
+        ParameterError: a path, column or file that cannot be read, more than a tenth of the rows
+            without text, or the same text in all rows.
     """
     there = hub.local(str(path))
     if there is None:
         raise ParameterError("dataset", str(path), "a file or folder that exists")
     own = _resolved(corpus_format)
-    rows = _local_rows(there, None, "train", "train_split", own)
-    return _first(list(_texts(rows, str(path), column, own)))
+    rows = _local_rows(there, None, "train", "train_split", column, own)
+    made = _first(list(_texts(rows, str(path), column, own)))
+    _differ(made.texts, str(path))
+    return made
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters escaped, all but line feed and tab."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def load_corpus(experiment: Experiment) -> Corpus:
@@ -103,26 +132,76 @@ def load_corpus(experiment: Experiment) -> Corpus:
         return _chitchat(experiment, held_out, fitted)
     path = hub.local(experiment.dataset)
     own_split = None if path is not None and path.is_file() else experiment.validation_split
-    first = _read(experiment, own_split or experiment.train_split, held_out)
+    split = experiment.train_split if own_split is None else own_split
+    first = _read(experiment, split, held_out)
     _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
-    start = 0 if own_split else held_out
-    seen = set(first.texts)
+    start = held_out if own_split is None else 0
+    is_copy = _copy_finder(first.texts)
     wanted = fitted + experiment.samples
-    asked = start + wanted
-    while True:
+    asked = checked = start
+    rest: list[str] = []
+    while len(rest) < wanted:
+        asked += wanted - len(rest)
         train = _read(experiment, experiment.train_split, asked)
-        # A copy of a held-out conversation in training would be a leak.
-        rest = [text for text in train.texts[start:] if text not in seen][:wanted]
-        if len(rest) == wanted:
-            break
-        if len(train.texts) < asked:
+        rest += [text for text in train.texts[max(start, checked) :] if not is_copy(text)]
+        checked = len(train.texts)
+        copies = max(0, checked - start) - len(rest)
+        if checked < asked:
             name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
-            copies = max(0, len(train.texts) - start - len(rest))
             there = len(rest) - used
             _enough(name, getattr(experiment, name), there, experiment.dataset, copies)
-        asked += wanted - len(rest)
-    skipped = train.skipped + (first.skipped if own_split else 0)
-    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped)
+    _differ(rest, experiment.dataset)
+    skipped = train.skipped + (0 if own_split is None else first.skipped)
+    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped, copies)
+
+
+def _differ(texts: list[str], dataset: str) -> None:
+    if len(texts) > 1 and len(set(texts)) == 1:
+        accepted = f"texts that differ (all {len(texts)} are duplicates of one)"
+        raise ParameterError("dataset", dataset, accepted)
+
+
+def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
+    """Whether a text repeats one of `held_out`, which would be a leak.
+
+    Case, spacing and compatible forms of characters (NFKC) make no difference. From
+    `COPIED_WORDS` words on a text that is part of the other is a copy too, and punctuation does
+    not count: the words at its beginning find the candidates, in a time that does not grow with
+    the number of held-out texts.
+    """
+    plain = {_plain(text) for text in held_out}
+    runs: set[tuple[str, ...]] = set()
+    by_beginning: dict[tuple[str, ...], list[str]] = {}
+    bodies = []
+    for text in plain:
+        words = WORD.findall(text)
+        bodies.append(f" {' '.join(words)} ")
+        if len(words) >= COPIED_WORDS:
+            runs.update(_runs(words))
+            by_beginning.setdefault(tuple(words[:COPIED_WORDS]), []).append(bodies[-1])
+    joined = "\n".join(bodies)
+
+    def is_copy(text: str) -> bool:
+        text = _plain(text)
+        if text in plain:
+            return True
+        words = WORD.findall(text)
+        body = f" {' '.join(words)} "
+        if tuple(words[:COPIED_WORDS]) in runs and body in joined:
+            return True
+        found = by_beginning.keys() & _runs(words)
+        return any(part in body for beginning in found for part in by_beginning[beginning])
+
+    return is_copy
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _runs(words: list[str]) -> Iterable[tuple[str, ...]]:
+    """All runs of `COPIED_WORDS` words."""
+    return zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
 
 
 def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int = 0) -> None:
@@ -172,14 +251,14 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
         return Texts([], 0)
     name, config = experiment.dataset, experiment.dataset_config
     path = hub.local(name)
-    if path is None and (_suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
+    if path is None and (hub.suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
         accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
         raise ParameterError("dataset", name, accepted)
     own = _resolved(experiment.corpus_format)
     source = registry.sources(experiment, "corpus_format")
     where = [name, config, split, experiment.column, _code(), *source.values()]
     key = "local" if path is not None else name.replace("/", "--")
-    key += "-" + cache.digest(*where, hub.signature(path) if path is not None else None)
+    key += "-" + cache.digest(*where, hub.signature(path, "**/*") if path is not None else None)
 
     for file in sorted((cache.home() / "corpora").glob(f"{key}-*.parquet"), key=_asked):
         texts = _first(_cached(file.stem), count)
@@ -189,7 +268,7 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
 
     parameter = "validation_split" if split == experiment.validation_split else "train_split"
     if path is not None:
-        rows = _local_rows(path, config, split, parameter, own)
+        rows = _local_rows(path, config, split, parameter, experiment.column, own)
     else:
         hub.require_hub("dataset", name)
         rows = hub.rows(name, config, split, parameter)
@@ -264,6 +343,9 @@ def _texts(
             skipped += 1
             columns |= dict.fromkeys(map(str, row if isinstance(row, dict) else ()))
             why = why or f"row {read}: {_reason(row, column)}"
+        elif (lone := SURROGATE.search(text)) is not None:
+            accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
+            raise ParameterError("dataset", dataset, accepted)
         yield text
         if skipped * 10 > read:
             if read >= LOOK:
@@ -278,62 +360,103 @@ def _texts(
     if corpus_format is not None:
         raise ParameterError("corpus_format", corpus_format, accepted)
     if skipped == read and columns:
-        accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why})"
+        names = printable(", ".join(columns))
+        accepted = f"one of {names} that holds text or lists of messages ({why})"
         raise ParameterError("column", column, accepted)
     raise ParameterError("dataset", dataset, accepted)
 
 
 def _conversation(row: Row, column: str | None) -> str:
-    """A row as one text: its messages' contents joined by a line break. Empty: it has none."""
-    value = row if isinstance(row, str) else row.get(_column(row, column))
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_content, value)))
-    return value if isinstance(value, str) else ""
+    """A row as one text: what its columns say, joined by a line break. Empty: it has none."""
+    if isinstance(row, str):
+        return row
+    return _joined(_said(row.get(name), name) for name in _columns(row, column))
+
+
+def _said(value: Any, column: str) -> str:
+    """A text, or the contents of a list of messages, joined by a line break."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        # Braces are no conversation: what cannot be parsed in a column of messages is no text.
+        value = _parsed(value) or ("" if column in MESSAGES else value)
+    if isinstance(value, dict):  # one message, or the lists that `datasets` makes of a sequence
+        value = value["content"] if isinstance(value.get("content"), list) else [value]
+    return _joined(map(_content, value)) if isinstance(value, list) else _content(value)
+
+
+def _parsed(text: str) -> list[Any] | None:
+    """The messages that a text spells in JSON, or as Python prints them; None: it is text."""
+    for parse in (json.loads, ast.literal_eval) if "{'" in text else (json.loads,):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            if _are_messages(made := parse(text)):
+                return made
+    return None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and not one.keys().isdisjoint(CONTENTS)
+        and not one.keys().isdisjoint(("role", "from"))
+        for one in value
+    )
 
 
 def _content(message: Any) -> str:
     """What a message says; of a list of parts, those that are text."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+    if isinstance(message, dict):
+        message = next((message[key] for key in CONTENTS if message.get(key) is not None), None)
+    if isinstance(message, list):
+        parts = (part.get("text") if isinstance(part, dict) else part for part in message)
+        message = "".join(part for part in parts if isinstance(part, str))
+    return message if isinstance(message, str) else ""
 
 
-def _column(row: dict[str, Any], column: str | None) -> str:
+def _joined(texts: Iterable[str]) -> str:
+    return "\n".join(filter(str.strip, texts))
+
+
+def _columns(row: dict[str, Any], column: str | None) -> tuple[str, ...]:
     if column is not None:
-        return column
-    return next((name for name in COLUMNS if name in row), COLUMNS[-1])
+        return (column,)
+    there = (names for names in LAYOUTS if names[0] in row and names[-1] in row)
+    return next(there, ("text",))
 
 
 def _reason(row: Row, column: str | None) -> str:
     """What a row without text has in its place."""
     if isinstance(row, str):
         return reprlib.repr(row)
-    name = _column(row, column)
+    name = _columns(row, column)[0]
     return f"{name!r} is {reprlib.repr(row[name])}" if name in row else f"no {name!r}"
 
 
 def _local_rows(
-    path: Path, config: str | None, split: str, parameter: str, corpus_format: CorpusFormat | None
+    path: Path,
+    config: str | None,
+    split: str,
+    parameter: str,
+    column: str | None,
+    corpus_format: CorpusFormat | None,
 ) -> Iterator[Row]:
     """Rows of a file, or of the files of one split of a folder."""
-    for file in hub.files(path, config, split, parameter) if path.is_dir() else [path]:
-        suffix = _suffix(file)
+    wanted = {name for names in LAYOUTS for name in names} if column is None else {column}
+    files = hub.files(path, config, split, parameter, READERS) if path.is_dir() else [path]
+    for file in files:
+        suffix = hub.suffix(file)
         if suffix not in READERS:
             raise ParameterError("dataset", str(file), f"one of {', '.join(READERS)}")
         try:
             if suffix == ".txt" and corpus_format is None:
                 yield "".join(text for _, text in _lines(file)).strip()
+            elif suffix == ".parquet":
+                yield from _parquet(file, None if corpus_format else wanted)
             else:
                 yield from READERS[suffix](file)
-        except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
+        except ParameterError:
+            raise
+        except UNREADABLE as error:
             accepted = f"a file that can be read ({type(error).__name__}: {error})"
             raise ParameterError("dataset", str(file), accepted) from error
-
-
-def _suffix(file: Path) -> str:
-    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -349,17 +472,23 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:
-    """A JSON object on each line, or one list of them."""
-    lines = ((number, line.strip()) for number, line in _lines(file) if line.strip())
+    """A JSON object on each line, or one list or object over many."""
+    lines = _lines(file)
     for number, line in lines:
-        if line.startswith("["):
-            line = "\n".join([line, *(rest for _, rest in lines)])
+        text = line.strip()
+        if not text:
+            continue
+        if text == "{" or (text[0] == "[" and text[-1] != "]"):
+            text = (line + "".join(rest for _, rest in lines)).strip()
         try:
-            value = json.loads(line)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            accepted = f"JSON (line {number}: {error})"
+            at = number + getattr(error, "lineno", 1) - 1
+            accepted = f"JSON (line {at}: {getattr(error, 'msg', error)})"
             raise ParameterError("dataset", str(file), accepted) from error
-        for row in value if isinstance(value, list) else [value]:
+        for row in value if isinstance(value, list) and not _are_messages(value) else [value]:
+            if isinstance(row, list):
+                row = {MESSAGES[0]: row}
             if not isinstance(row, dict):
                 accepted = f"JSON objects (line {number}: {reprlib.repr(row)})"
                 raise ParameterError("dataset", str(file), accepted)
@@ -367,14 +496,37 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    return csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
+    csv.field_size_limit(2**31 - 1)  # Python's own is 128 KB
+    table = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    try:
+        yield from table
+    except csv.Error as error:
+        accepted = f"a table (line {table.line_num}: {error})"
+        raise ParameterError("dataset", str(file), accepted) from error
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-        yield from batch.to_pylist()
+def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of which only `columns` are read; the others are there, as None."""
+    table = pq.ParquetFile(file)
+    names = table.schema_arrow.names
+    chosen = [name for name in names if columns is None or name in columns]
+    for batch in table.iter_batches(batch_size=256, columns=chosen):
+        for row in batch.to_pylist():
+            yield {**dict.fromkeys(names), **row}
 
 
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    zlib.error,
+    csv.Error,
+    pa.ArrowException,
+)
 # A reader for each ending, without .gz; what they yield goes through `_conversation` or a
 # `corpus_format`.
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
