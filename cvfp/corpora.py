@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import csv
 import functools
@@ -14,7 +15,6 @@ import json
 import re
 import reprlib
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,6 @@ LAYOUTS = (
     ("prompt", "response"),
     ("prompt", "completion"),
     ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-    ("question", "answer"),
 )
 CONTENTS = ("content", "value", "text")  # where a message has what it says
 COPIED_WORDS = 4  # from so many words on, a text that is part of another is a copy
@@ -108,8 +106,8 @@ def read(
     if there is None:
         raise ParameterError("dataset", str(path), "a file or folder that exists")
     own = _resolved(corpus_format)
-    rows = _local_rows(there, None, "train", "train_split", column, own)
-    made = _first(list(_texts(rows, str(path), column, own)))
+    files = hub.files(there, None, "train", "train_split", READERS)
+    made = _first(list(_texts(_rows(files, column, own), str(path), column, own)))
     _differ(made.texts, str(path))
     return made
 
@@ -143,9 +141,9 @@ def load_corpus(experiment: Experiment) -> Corpus:
     while len(rest) < wanted:
         asked += wanted - len(rest)
         train = _read(experiment, experiment.train_split, asked)
-        rest += [text for text in train.texts[max(start, checked) :] if not is_copy(text)]
+        rest += [text for text in train.texts[checked:] if not is_copy(text)]
         checked = len(train.texts)
-        copies = max(0, checked - start) - len(rest)
+        copies = max(0, checked - start - len(rest))
         if checked < asked:
             name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
             there = len(rest) - used
@@ -165,32 +163,26 @@ def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
     """Whether a text repeats one of `held_out`, which would be a leak.
 
     Case, spacing and compatible forms of characters (NFKC) make no difference. From
-    `COPIED_WORDS` words on a text that is part of the other is a copy too, and punctuation does
-    not count: the words at its beginning find the candidates, in a time that does not grow with
-    the number of held-out texts.
+    `COPIED_WORDS` words on a text that is part of the other is a copy too, whatever the
+    punctuation: runs of so many words find the candidates, that which the fewest held-out texts
+    have for each of them.
     """
     plain = {_plain(text) for text in held_out}
-    runs: set[tuple[str, ...]] = set()
-    by_beginning: dict[tuple[str, ...], list[str]] = {}
-    bodies = []
-    for text in plain:
-        words = WORD.findall(text)
-        bodies.append(f" {' '.join(words)} ")
-        if len(words) >= COPIED_WORDS:
-            runs.update(_runs(words))
-            by_beginning.setdefault(tuple(words[:COPIED_WORDS]), []).append(bodies[-1])
+    bodies = [_body(text) for text in plain]
+    runs = collections.Counter(run for body in bodies for run in set(_runs(body)))
+    by_run: dict[tuple[str, ...], list[str]] = {}
+    for body in bodies:
+        for run in sorted(_runs(body), key=runs.__getitem__)[:1]:
+            by_run.setdefault(run, []).append(body)
     joined = "\n".join(bodies)
 
     def is_copy(text: str) -> bool:
         text = _plain(text)
-        if text in plain:
+        body = _body(text)
+        own = list(_runs(body))
+        if text in plain or (own and all(run in runs for run in own) and body in joined):
             return True
-        words = WORD.findall(text)
-        body = f" {' '.join(words)} "
-        if tuple(words[:COPIED_WORDS]) in runs and body in joined:
-            return True
-        found = by_beginning.keys() & _runs(words)
-        return any(part in body for beginning in found for part in by_beginning[beginning])
+        return any(part in body for run in by_run.keys() & own for part in by_run[run])
 
     return is_copy
 
@@ -199,8 +191,14 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _runs(words: list[str]) -> Iterable[tuple[str, ...]]:
+def _body(text: str) -> str:
+    """Its words between blanks, so that a part of it is one of whole words."""
+    return f" {' '.join(WORD.findall(text))} "
+
+
+def _runs(body: str) -> Iterable[tuple[str, ...]]:
     """All runs of `COPIED_WORDS` words."""
+    words = body.split()
     return zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
 
 
@@ -268,7 +266,8 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
 
     parameter = "validation_split" if split == experiment.validation_split else "train_split"
     if path is not None:
-        rows = _local_rows(path, config, split, parameter, experiment.column, own)
+        files = hub.files(path, config, split, parameter, READERS)
+        rows = _rows(files, experiment.column, own)
     else:
         hub.require_hub("dataset", name)
         rows = hub.rows(name, config, split, parameter)
@@ -341,7 +340,8 @@ def _texts(
         if not text or not text.strip():
             text = None
             skipped += 1
-            columns |= dict.fromkeys(map(str, row if isinstance(row, dict) else ()))
+            names = row if isinstance(row, dict) else ()
+            columns |= dict.fromkeys(printable(str(name)) for name in names)
             why = why or f"row {read}: {_reason(row, column)}"
         elif (lone := SURROGATE.search(text)) is not None:
             accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
@@ -360,8 +360,7 @@ def _texts(
     if corpus_format is not None:
         raise ParameterError("corpus_format", corpus_format, accepted)
     if skipped == read and columns:
-        names = printable(", ".join(columns))
-        accepted = f"one of {names} that holds text or lists of messages ({why})"
+        accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why})"
         raise ParameterError("column", column, accepted)
     raise ParameterError("dataset", dataset, accepted)
 
@@ -377,28 +376,27 @@ def _said(value: Any, column: str) -> str:
     """A text, or the contents of a list of messages, joined by a line break."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         # Braces are no conversation: what cannot be parsed in a column of messages is no text.
-        value = _parsed(value) or ("" if column in MESSAGES else value)
+        value = _parsed(value, column) or ("" if column in MESSAGES else value)
     if isinstance(value, dict):  # one message, or the lists that `datasets` makes of a sequence
-        value = value["content"] if isinstance(value.get("content"), list) else [value]
+        lists = (value[key] for key in CONTENTS if isinstance(value.get(key), list))
+        value = next(lists, [value])
     return _joined(map(_content, value)) if isinstance(value, list) else _content(value)
 
 
-def _parsed(text: str) -> list[Any] | None:
+def _parsed(text: str, column: str) -> list[Any] | None:
     """The messages that a text spells in JSON, or as Python prints them; None: it is text."""
     for parse in (json.loads, ast.literal_eval) if "{'" in text else (json.loads,):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            if _are_messages(made := parse(text)):
+            made = parse(text)
+            if _are_messages(made) or (column in MESSAGES and isinstance(made, list)):
                 return made
     return None
 
 
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, dict)
-        and not one.keys().isdisjoint(CONTENTS)
-        and not one.keys().isdisjoint(("role", "from"))
-        for one in value
-    )
+    """Whether it is a list of messages, and not of rows."""
+    some = isinstance(value, list) and len(value) > 0
+    return some and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
 
 def _content(message: Any) -> str:
@@ -430,17 +428,10 @@ def _reason(row: Row, column: str | None) -> str:
     return f"{name!r} is {reprlib.repr(row[name])}" if name in row else f"no {name!r}"
 
 
-def _local_rows(
-    path: Path,
-    config: str | None,
-    split: str,
-    parameter: str,
-    column: str | None,
-    corpus_format: CorpusFormat | None,
+def _rows(
+    files: list[Path], column: str | None, corpus_format: CorpusFormat | None
 ) -> Iterator[Row]:
-    """Rows of a file, or of the files of one split of a folder."""
     wanted = {name for names in LAYOUTS for name in names} if column is None else {column}
-    files = hub.files(path, config, split, parameter, READERS) if path.is_dir() else [path]
     for file in files:
         suffix = hub.suffix(file)
         if suffix not in READERS:
@@ -454,7 +445,7 @@ def _local_rows(
                 yield from READERS[suffix](file)
         except ParameterError:
             raise
-        except UNREADABLE as error:
+        except Exception as error:  # of any class: gzip, csv and pyarrow have their own
             accepted = f"a file that can be read ({type(error).__name__}: {error})"
             raise ParameterError("dataset", str(file), accepted) from error
 
@@ -497,12 +488,7 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
 
 def _table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # Python's own is 128 KB
-    table = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
-    try:
-        yield from table
-    except csv.Error as error:
-        accepted = f"a table (line {table.line_num}: {error})"
-        raise ParameterError("dataset", str(file), accepted) from error
+    return csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
 
 
 def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -515,18 +501,6 @@ def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, 
             yield {**dict.fromkeys(names), **row}
 
 
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-    zlib.error,
-    csv.Error,
-    pa.ArrowException,
-)
 # A reader for each ending, without .gz; what they yield goes through `_conversation` or a
 # `corpus_format`.
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -117,7 +117,7 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
     validation, width = learned.validation, experiment.context_dim
     train_spectrum, val_spectrum = learned.train_spectrum, learned.val_spectrum
     predicted = len(data.validation) - 1
-    val_bytes = data.tokenizer.count_bytes(data.validation.tokens[1:])
+    val_bytes = int(data.validation.text_bytes[1:].sum())
     judged = None if second is None else second.validation
     result = Result(
         key=key,
@@ -132,6 +132,7 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
         val_bpb=None
         if judged is None
         else metrics.bits_per_byte(float(judged.nats.sum()), val_bytes),
+        loses_text=data.loses_text,
         train_ppl=None if second is None else metrics.perplexity(second.train_loss),
         train_er=learned.rank(train_spectrum, width),
         val_er=learned.rank(val_spectrum, width),

@@ -15,11 +15,9 @@ from cvfp.config import ParameterError
 Loaded = TypeVar("Loaded")
 
 # Words in the names of files and folders that tell a split, as `datasets` has them.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+SPLITS = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+SPLITS |= dict.fromkeys(("train", "training"), "train")
 HIDDEN = re.compile(r"(^|/)(\.|__)")
 
 
@@ -35,13 +33,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def signature(path: Path, below: str = "*") -> list[Any]:
-    """Names, sizes and times of a file, or of a folder's files: changes when one does.
-
-    Args:
-        below: which files of a folder: those in it, or with "**/*" those in its folders too.
-
-    Raises:
-        ParameterError: all below the root or the home folder, which may be the whole disk.
+    """Names, sizes and times of a file, or of a folder's files (with "**/*" all below it): changes
+    when one does. All below the home folder, or one that holds it, may be the disk, and is refused.
     """
     if below != "*" and Path.home().resolve().is_relative_to(path.resolve()):
         raise ParameterError("dataset", str(path), "a folder of its own for the corpus")
@@ -90,48 +83,45 @@ def rows(dataset: str, config: str | None, split: str, parameter: str) -> Iterat
 
 
 def files(
-    folder: Path, config: str | None, split: str, parameter: str, suffixes: Collection[str]
+    path: Path, config: str | None, split: str, parameter: str, suffixes: Collection[str]
 ) -> list[Path]:
-    """The files of one split of a local folder.
-
-    README.md tells the splits, as on the hub, or else the names of files and folders do: train,
-    validation (valid, val, dev), test (eval), or the word before -00000-of-00001. Where no name
-    tells one, all are for training.
+    """The file, or those of one split of a local folder, as README.md tells the splits, or else the
+    names of files and folders: train, validation (valid, val, dev), test (eval), or what stands
+    before -00000-of-00001. Where no name tells one, all are for training.
 
     Args:
         suffixes: what a corpus's files end in, without .gz.
 
     Raises:
-        ParameterError: no such split or configuration, no files, whole texts among files with
-            rows, or files of which the split is not known.
+        ParameterError: no such split, configuration or files, or it is unclear which are meant.
     """
-    base, patterns = _declared(folder, config)
-    there = [path for path in sorted(base.rglob("*")) if path.is_file()]
+    if not path.is_dir():
+        return [path]
+    base, patterns = _declared(path, config)
+    there = [file for file in sorted(base.rglob("*")) if file.is_file()]
     splits: dict[str, list[Path]] = {}
     for name, globs in patterns.items():
-        found = [path for glob in globs for path in sorted(base.glob(glob)) if path.is_file()]
-        splits[name] = list(dict.fromkeys(found))
-    if not patterns:
-        for path in there:
-            within = path.relative_to(base)
-            if suffix(path) in suffixes and not HIDDEN.search(within.as_posix()):
-                splits.setdefault(_split(within), []).append(path)
+        splits[name] = [p for glob in globs for p in sorted({*base.glob(glob)} & {*there})]
+    for file in () if patterns else there:
+        within = file.relative_to(base)
+        if suffix(file) in suffixes and not HIDDEN.search(within.as_posix()):
+            splits.setdefault(_split(within), []).append(file)
     if not any(splits.values()):
-        endings = ", ".join(sorted({path.suffix for path in there})) or "nothing"
+        endings = ", ".join(sorted({file.suffix for file in there})) or "nothing"
         accepted = f"a folder of {', '.join(suffixes)} files (there: {endings})"
-        raise ParameterError("dataset", str(folder), accepted)
+        raise ParameterError("dataset", str(path), accepted)
     unknown = splits.pop("", [])
     if not splits:
         splits, unknown = {"train": unknown}, []
     if split not in splits:
         raise ParameterError(parameter, split, "one of the splits " + ", ".join(splits))
-    kinds = {suffix(path): path.name for path in splits[split]}
+    kinds = {suffix(file): file.name for file in splits[split]}
     if ".txt" in kinds and len(kinds) > 1 and not patterns:  # a licence, say, among the data
         accepted = f"a folder of .txt files, or of files with rows ({', '.join(kinds.values())})"
-        raise ParameterError("dataset", str(folder), accepted)
-    if left := [path.name for path in unknown if suffix(path) in kinds]:
+        raise ParameterError("dataset", str(path), accepted)
+    if left := [file.name for file in unknown if suffix(file) in kinds]:
         accepted = f"a folder where each file's name tells its split ({left[0]} does not)"
-        raise ParameterError("dataset", str(folder), accepted)
+        raise ParameterError("dataset", str(path), accepted)
     return splits[split]
 
 
@@ -149,30 +139,24 @@ def _split(name: Path) -> str:
 
 
 def _declared(folder: Path, config: str | None) -> tuple[Path, dict[str, list[str]]]:
-    """The folder of a configuration and the patterns of its splits' files, as README.md has them;
-    without one the folder itself and none."""
-    if not (folder / "README.md").is_file() and config is None:
+    """The folder of a configuration and its patterns by split, where README.md has them."""
+    readme = folder / "README.md"
+    if not readme.is_file() and config is None:
         return folder, {}
     import huggingface_hub
-    import yaml
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
 
     try:
-        card = huggingface_hub.metadata_load(folder / "README.md") or {}
+        card = huggingface_hub.metadata_load(readme) or {}
         configs = MetadataConfigs.from_dataset_card_data(card)
         name = configs.get_default_config_name() if config is None else config
-        if name is None and not configs:
-            return folder, {}
-        chosen = configs[name]
+        chosen = configs[name] if configs or config is not None else {}
         patterns = sanitize_patterns(chosen["data_files"]) if "data_files" in chosen else {}
         return folder / chosen.get("data_dir", ""), patterns
-    except KeyError as error:
-        accepted = f"a configuration in README.md ({', '.join(configs) or 'none'})"
+    except Exception as error:  # yaml has its own classes
+        accepted = f"a configuration that README.md has ({type(error).__name__}: {error})"
         raise ParameterError("dataset_config", config, accepted) from error
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        accepted = f"a folder whose README.md can be read ({type(error).__name__}: {error})"
-        raise ParameterError("dataset", str(folder), accepted) from error
 
 
 def pretrained(parameter: str, name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
@@ -208,7 +192,7 @@ def _pretrained(
             return load(name, False)
     except ParameterError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers and safetensors raise no narrower one
+        reason = " ".join(str(error).split())[:200]
         accepted = f"a hub id or folder that transformers can load ({reason})"
         raise ParameterError(parameter, name, accepted) from error
