@@ -32,20 +32,12 @@ CHITCHAT_MIN_CHARACTERS = 250
 
 FITTED_TABLES = ("bigram", "ppmi")
 
-# Columns that hold lists of messages, and what is read where no column is named: the first of
-# these whose first and last column are there.
-MESSAGES = ("messages", "conversations")
-LAYOUTS = (
-    *((name,) for name in MESSAGES),
-    ("text",),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("instruction", "input", "output"),
-)
+MESSAGES = ("messages", "conversations")  # columns of lists of messages
+# Read where no column is named: the first of these whose first and last column are there.
+LAYOUTS = [[name] for name in (*MESSAGES, "text")]
+LAYOUTS += [["prompt", "response"], ["prompt", "completion"], ["instruction", "input", "output"]]
 CONTENTS = ("content", "value", "text")  # where a message has what it says
 COPIED_WORDS = 4  # from so many words on, a text that is part of another is a copy
-WORD = re.compile(r"\w+")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Rows after which a corpus with too few texts is refused, without reading all of it.
 LOOK = 1000
@@ -56,11 +48,7 @@ CorpusFormat = Callable[[Any], str | None]
 
 @dataclass(frozen=True)
 class Texts:
-    """Conversations in the corpus's order, one text each.
-
-    Attributes:
-        skipped: rows without text among those read.
-    """
+    """Conversations in the corpus's order, one text each; `skipped` rows among them had none."""
 
     texts: list[str]
     skipped: int
@@ -105,7 +93,8 @@ def read(
     there = hub.local(str(path))
     if there is None:
         raise ParameterError("dataset", str(path), "a file or folder that exists")
-    own = _resolved(corpus_format)
+    if isinstance(own := corpus_format, str):
+        own = registry.resolve("corpus_format", own)
     files = hub.files(there, None, "train", "train_split", READERS)
     made = _first(list(_texts(_rows(files, column, own), str(path), column, own)))
     _differ(made.texts, str(path))
@@ -130,8 +119,7 @@ def load_corpus(experiment: Experiment) -> Corpus:
         return _chitchat(experiment, held_out, fitted)
     path = hub.local(experiment.dataset)
     own_split = None if path is not None and path.is_file() else experiment.validation_split
-    split = experiment.train_split if own_split is None else own_split
-    first = _read(experiment, split, held_out)
+    first = _read(experiment, experiment.train_split if own_split is None else own_split, held_out)
     _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
     start = held_out if own_split is None else 0
     is_copy = _copy_finder(first.texts)
@@ -146,8 +134,7 @@ def load_corpus(experiment: Experiment) -> Corpus:
         copies = max(0, checked - start - len(rest))
         if checked < asked:
             name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
-            there = len(rest) - used
-            _enough(name, getattr(experiment, name), there, experiment.dataset, copies)
+            _enough(name, getattr(experiment, name), len(rest) - used, experiment.dataset, copies)
     _differ(rest, experiment.dataset)
     skipped = train.skipped + (0 if own_split is None else first.skipped)
     return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped, copies)
@@ -162,14 +149,13 @@ def _differ(texts: list[str], dataset: str) -> None:
 def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
     """Whether a text repeats one of `held_out`, which would be a leak.
 
-    Case, spacing and compatible forms of characters (NFKC) make no difference. From
-    `COPIED_WORDS` words on a text that is part of the other is a copy too, whatever the
-    punctuation: runs of so many words find the candidates, that which the fewest held-out texts
-    have for each of them.
+    Case, spacing and the forms of characters (NFKC) make no difference. From `COPIED_WORDS` words
+    on, a text that is part of the other is a copy too, whatever the punctuation.
     """
     plain = {_plain(text) for text in held_out}
     bodies = [_body(text) for text in plain]
     runs = collections.Counter(run for body in bodies for run in set(_runs(body)))
+    # A run that few held-out texts have tells quickly where one of them may be.
     by_run: dict[tuple[str, ...], list[str]] = {}
     for body in bodies:
         for run in sorted(_runs(body), key=runs.__getitem__)[:1]:
@@ -193,11 +179,10 @@ def _plain(text: str) -> str:
 
 def _body(text: str) -> str:
     """Its words between blanks, so that a part of it is one of whole words."""
-    return f" {' '.join(WORD.findall(text))} "
+    return " ".join(["", *re.findall(r"\w+", text), ""])
 
 
 def _runs(body: str) -> Iterable[tuple[str, ...]]:
-    """All runs of `COPIED_WORDS` words."""
     words = body.split()
     return zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
 
@@ -216,7 +201,8 @@ def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
         default = "train" if name == "train_split" else None
         if (value := getattr(experiment, name)) != default:
             raise ParameterError(name, value, f"{default!r} with dataset 'chitchat'")
-    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{_code()}"
+    code = cache.code_fingerprint("corpora", "hub")
+    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{code}"
     texts = _first(_cached(key, _chitchat_texts)).texts
     validation, rest = texts[:CHITCHAT_HELD_OUT], texts[CHITCHAT_HELD_OUT:]
     fitting, train = rest[:CHITCHAT_FITTING], rest[CHITCHAT_FITTING:]
@@ -252,9 +238,11 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
     if path is None and (hub.suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
         accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
         raise ParameterError("dataset", name, accepted)
-    own = _resolved(experiment.corpus_format)
+    own_format = experiment.corpus_format
+    own = None if own_format is None else registry.resolve("corpus_format", own_format)
     source = registry.sources(experiment, "corpus_format")
-    where = [name, config, split, experiment.column, _code(), *source.values()]
+    code = cache.code_fingerprint("corpora", "hub")
+    where = [name, config, split, experiment.column, code, *source.values()]
     key = "local" if path is not None else name.replace("/", "--")
     key += "-" + cache.digest(*where, hub.signature(path, "**/*") if path is not None else None)
 
@@ -307,16 +295,6 @@ def _first(rows: list[str | None], count: int | None = None) -> Texts:
     return Texts(texts, skipped)
 
 
-def _code() -> str:
-    return cache.code_fingerprint("corpora", "hub")
-
-
-def _resolved(corpus_format: CorpusFormat | str | None) -> CorpusFormat | None:
-    if isinstance(corpus_format, str):
-        return registry.resolve("corpus_format", corpus_format)
-    return corpus_format
-
-
 def _texts(
     rows: Iterable[Row],
     dataset: str,
@@ -340,10 +318,9 @@ def _texts(
         if not text or not text.strip():
             text = None
             skipped += 1
-            names = row if isinstance(row, dict) else ()
-            columns |= dict.fromkeys(printable(str(name)) for name in names)
+            columns |= dict.fromkeys(map(printable, map(str, row if isinstance(row, dict) else ())))
             why = why or f"row {read}: {_reason(row, column)}"
-        elif (lone := SURROGATE.search(text)) is not None:
+        elif (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
             accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
             raise ParameterError("dataset", dataset, accepted)
         yield text
@@ -413,11 +390,9 @@ def _joined(texts: Iterable[str]) -> str:
     return "\n".join(filter(str.strip, texts))
 
 
-def _columns(row: dict[str, Any], column: str | None) -> tuple[str, ...]:
-    if column is not None:
-        return (column,)
+def _columns(row: dict[str, Any], column: str | None) -> list[str]:
     there = (names for names in LAYOUTS if names[0] in row and names[-1] in row)
-    return next(there, ("text",))
+    return next(there, ["text"]) if column is None else [column]
 
 
 def _reason(row: Row, column: str | None) -> str:
@@ -497,8 +472,7 @@ def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, 
     names = table.schema_arrow.names
     chosen = [name for name in names if columns is None or name in columns]
     for batch in table.iter_batches(batch_size=256, columns=chosen):
-        for row in batch.to_pylist():
-            yield {**dict.fromkeys(names), **row}
+        yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
 
 
 # A reader for each ending, without .gz; what they yield goes through `_conversation` or a

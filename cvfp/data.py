@@ -26,8 +26,7 @@ class Data:
         fingerprint: digest of the three streams and the tokeniser.
         skipped: rows of the corpus without text among those read.
         copies: samples left out because they repeat a held-out one.
-        loses_text: decoded, some sample that validation is taken from is another text: what bits
-            per byte counts is more than the tokens tell.
+        loses_text: the tokens that validation is from do not give back all text in bits per byte.
     """
 
     train: Stream
@@ -51,9 +50,8 @@ def load(experiment: Experiment) -> Data:
         ParameterError: a file, column, split or hub that is not there, a size that exceeds the
             corpus, a sample of fewer than two tokens.
     """
-    paths = [hub.local(name) for name in (experiment.dataset, experiment.tokenizer)]
-    below = "**/*", "*"
-    files = [tuple(hub.signature(p, b)) for p, b in zip(paths, below, strict=True) if p is not None]
+    paths = (hub.local(experiment.dataset), "**/*"), (hub.local(experiment.tokenizer), "*")
+    files = [tuple(hub.signature(path, below)) for path, below in paths if path is not None]
     only = Experiment(**experiment.to_dict("data"))
     own = registry.sources(experiment, "corpus_format").get("corpus_format", "")
     load = _load.__wrapped__ if own is None else _load  # without source: read anew
@@ -78,8 +76,8 @@ def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) 
     parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
     parts.append(validation.text_bytes)
     fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
-    told = corpus.skipped, corpus.copies, lost
-    return Data(train, validation, fitting, tokenizer, fingerprint, *told)
+    figures = corpus.skipped, corpus.copies, lost
+    return Data(train, validation, fitting, tokenizer, fingerprint, *figures)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> tuple[Stream, bool]:
@@ -110,6 +108,5 @@ def _split_tail(stream: Stream) -> tuple[Stream, Stream]:
     cut = len(stream) - len(stream) // 10
     inside = stream.starts[stream.starts > cut] - cut
     tail_starts = torch.cat([torch.zeros(1, dtype=torch.int64), inside])
-    sizes = stream.text_bytes
-    train = Stream(stream.tokens[:cut], stream.starts[stream.starts < cut], sizes[:cut])
-    return train, Stream(stream.tokens[cut:], tail_starts, sizes[cut:])
+    train = Stream(stream.tokens[:cut], stream.starts[stream.starts < cut], stream.text_bytes[:cut])
+    return train, Stream(stream.tokens[cut:], tail_starts, stream.text_bytes[cut:])

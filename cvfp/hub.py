@@ -18,7 +18,6 @@ Loaded = TypeVar("Loaded")
 SPLITS = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 SPLITS |= dict.fromkeys(("train", "training"), "train")
-HIDDEN = re.compile(r"(^|/)(\.|__)")
 
 
 def local(name: str) -> Path | None:
@@ -104,7 +103,7 @@ def files(
         splits[name] = [p for glob in globs for p in sorted({*base.glob(glob)} & {*there})]
     for file in () if patterns else there:
         within = file.relative_to(base)
-        if suffix(file) in suffixes and not HIDDEN.search(within.as_posix()):
+        if suffix(file) in suffixes and not re.search(r"(^|/)(\.|__)", within.as_posix()):
             splits.setdefault(_split(within), []).append(file)
     if not any(splits.values()):
         endings = ", ".join(sorted({file.suffix for file in there})) or "nothing"
@@ -151,7 +150,9 @@ def _declared(folder: Path, config: str | None) -> tuple[Path, dict[str, list[st
         card = huggingface_hub.metadata_load(readme) or {}
         configs = MetadataConfigs.from_dataset_card_data(card)
         name = configs.get_default_config_name() if config is None else config
-        chosen = configs[name] if configs or config is not None else {}
+        if name not in configs and (configs or config is not None):
+            raise ValueError(f"{name!r} is none of {', '.join(configs)}")
+        chosen = configs.get(name, {})
         patterns = sanitize_patterns(chosen["data_files"]) if "data_files" in chosen else {}
         return folder / chosen.get("data_dir", ""), patterns
     except Exception as error:  # yaml has its own classes

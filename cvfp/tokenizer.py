@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 import torch
 from torch import Tensor
 
 from cvfp import cache, hub
 from cvfp.config import Experiment, ParameterError
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ class Tokenizer:
         lengths = np.array([len(i) for i in ids], dtype=np.int64)
         flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
         starts = np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64)[: len(ids)]
-        sizes = self._text_bytes(texts, flat, starts)
-        return Stream(*map(torch.from_numpy, (flat, starts, sizes)))
+        stream = Stream(torch.from_numpy(flat), torch.from_numpy(starts))
+        return replace(stream, text_bytes=self._text_bytes(texts, stream))
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, special ones included."""
@@ -85,34 +82,32 @@ class Tokenizer:
         ids = [part.tolist() for part in stream.tokens.tensor_split(stream.starts[1:])]
         return bool(texts) and self.backend.decode_batch(ids, skip_special_tokens=False) != texts
 
-    def _text_bytes(self, texts: list[str], tokens: Integers, starts: Integers) -> Integers:
+    def _text_bytes(self, texts: list[str], stream: Stream) -> Tensor:
         """Bytes of its text that each token covers.
 
         The pieces of a byte-level vocabulary tell it to the byte, where they add up to the text.
         Elsewhere (a normaliser, unknown words, blanks between words) the offsets do: a token covers
         what lies between the last one's end and its own.
         """
-        sizes = self._piece_bytes[tokens]
-        parts = np.split(sizes, starts[1:])  # views
+        sizes = self._bytes_per_token[stream.tokens]
         byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
-        others = [
-            (text, part)
-            for text, part in zip(texts, parts, strict=False)
-            if not byte_level or part.sum() != len(text.encode())
-        ]
-        again = self.backend.encode_batch([text for text, _ in others], add_special_tokens=False)
-        for (text, part), encoding in zip(others, again, strict=True):
+        parts = sizes.tensor_split(stream.starts[1:])  # views
+        for text, part in zip(texts, parts, strict=False):
+            if byte_level and part.sum() == len(text.encode()):
+                continue
             points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             widths = 1 + np.searchsorted([0x80, 0x800, 0x10000], points, side="right")
-            ends = np.maximum.accumulate([end for _, end in encoding.offsets], dtype=np.int64)
+            offsets = self.backend.encode(text, add_special_tokens=False).offsets
+            ends = np.maximum.accumulate([end for _, end in offsets], dtype=np.int64)
             ends[-1:] = len(points)
-            part[:] = np.diff(np.concatenate([[0], widths.cumsum()])[ends], prepend=0)
+            covered = np.concatenate([[0], widths.cumsum()])[ends]
+            part[:] = torch.from_numpy(np.diff(covered, prepend=0))
         return sizes
 
     @cached_property
-    def _piece_bytes(self) -> Integers:
+    def _bytes_per_token(self) -> Tensor:
         # Byte-level vocabularies write each byte as one character; added tokens are plain text.
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
         for piece, index in self.backend.get_vocab().items():
             lengths[index] = len(piece)
         for index, token in self.backend.get_added_tokens_decoder().items():
