@@ -56,14 +56,14 @@ class Experiment:
     dataset: str = _field(
         "chitchat",
         "data",
-        "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl or .parquet file, "
-        "or a local folder laid out like a hub dataset",
+        "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl, .json, .csv, .tsv, .txt "
+        "or .parquet file, gzipped or not, or a local folder of such files",
     )
     dataset_config: str | None = _field(
         None, "data", "configuration (subset) of a hub dataset; None: its only or default one"
     )
     column: str | None = _field(
-        None, "data", "column that holds the conversation; None: 'messages', else 'text'"
+        None, "data", "column that holds the conversation; None: 'messages', 'text' and others"
     )
     corpus_format: str | None = _field(
         None,

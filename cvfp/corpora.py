@@ -56,13 +56,8 @@ class Texts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples' texts by role; no text of `validation` has a near copy in the other two.
-
-    Attributes:
-        validation: empty with validation="tail".
-        fitting: empty where nothing is fitted.
-        skipped: rows without text among those read.
-        copies: texts left out of the other two, because they repeat one of `validation`.
+    """The samples' texts by role (none where nothing is held out, or fitted). Outside `validation`
+    `copies` texts that repeat one of it were left out; `skipped` rows had no text.
     """
 
     train: list[str]
@@ -142,8 +137,7 @@ def load_corpus(experiment: Experiment) -> Corpus:
 
 def _differ(texts: list[str], dataset: str) -> None:
     if len(texts) > 1 and len(set(texts)) == 1:
-        accepted = f"texts that differ (all {len(texts)} are duplicates of one)"
-        raise ParameterError("dataset", dataset, accepted)
+        raise ParameterError("dataset", dataset, f"other texts (all {len(texts)} are duplicates)")
 
 
 def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
@@ -155,16 +149,14 @@ def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
     plain = {_plain(text) for text in held_out}
     bodies = [_body(text) for text in plain]
     runs = collections.Counter(run for body in bodies for run in set(_runs(body)))
-    # A run that few held-out texts have tells quickly where one of them may be.
-    by_run: dict[tuple[str, ...], list[str]] = {}
+    by_run: dict[tuple[str, ...], list[str]] = {}  # each text under the run that fewest have
     for body in bodies:
         for run in sorted(_runs(body), key=runs.__getitem__)[:1]:
             by_run.setdefault(run, []).append(body)
     joined = "\n".join(bodies)
 
     def is_copy(text: str) -> bool:
-        text = _plain(text)
-        body = _body(text)
+        body = _body(text := _plain(text))
         own = list(_runs(body))
         if text in plain or (own and all(run in runs for run in own) and body in joined):
             return True
@@ -362,7 +354,7 @@ def _said(value: Any, column: str) -> str:
 
 def _parsed(text: str, column: str) -> list[Any] | None:
     """The messages that a text spells in JSON, or as Python prints them; None: it is text."""
-    for parse in (json.loads, ast.literal_eval) if "{'" in text else (json.loads,):
+    for parse in (json.loads, ast.literal_eval) if text.lstrip()[:3] == "[{'" else (json.loads,):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             made = parse(text)
             if _are_messages(made) or (column in MESSAGES and isinstance(made, list)):
@@ -398,7 +390,7 @@ def _columns(row: dict[str, Any], column: str | None) -> list[str]:
 def _reason(row: Row, column: str | None) -> str:
     """What a row without text has in its place."""
     if isinstance(row, str):
-        return reprlib.repr(row)
+        return reprlib.repr(row) if row else "empty"
     name = _columns(row, column)[0]
     return f"{name!r} is {reprlib.repr(row[name])}" if name in row else f"no {name!r}"
 
@@ -463,14 +455,21 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
 
 def _table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # Python's own is 128 KB
-    return csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    table = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    try:
+        for row in table:
+            if None in row:  # an unquoted comma, say, and the text would end there
+                raise csv.Error("more fields than columns")
+            yield row
+    except csv.Error as error:
+        raise csv.Error(f"line {table.reader.line_num}: {error}") from error
 
 
 def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of which only `columns` are read; the others are there, as None."""
     table = pq.ParquetFile(file)
     names = table.schema_arrow.names
-    chosen = [name for name in names if columns is None or name in columns]
+    chosen = names if columns is None else [name for name in names if name in columns]
     for batch in table.iter_batches(batch_size=256, columns=chosen):
         yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
 

@@ -100,8 +100,7 @@ class Tokenizer:
             offsets = self.backend.encode(text, add_special_tokens=False).offsets
             ends = np.maximum.accumulate([end for _, end in offsets], dtype=np.int64)
             ends[-1:] = len(points)
-            covered = np.concatenate([[0], widths.cumsum()])[ends]
-            part[:] = torch.from_numpy(np.diff(covered, prepend=0))
+            part[:] = torch.from_numpy(np.diff(np.append(0, widths.cumsum())[ends], prepend=0))
         return sizes
 
     @cached_property
