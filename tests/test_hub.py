@@ -147,6 +147,19 @@ def serve(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     return taken
 
 
+def test_rows_that_the_hub_cannot_cast_are_named(
+    home: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, **arguments: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "fine"}
+        raise TypeError("Couldn't cast array of type string to null")
+
+    monkeypatch.setattr(hub, "require_hub", lambda parameter, name: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ParameterError, match=r"^dataset: got 'a/b'; .*Couldn't cast"):
+        load_corpus(from_file("a/b", str(gpt2_folder)))
+
+
 def test_streaming_takes_no_more_rows_than_asked_for(
     home: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
