@@ -55,13 +55,15 @@ class Experiment:
 
     dataset: str = _data(
         "chitchat",
-        "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl or .parquet file, "
-        "or a local folder laid out like a hub dataset",
+        "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl, .json, .csv, .tsv, .txt "
+        "or .parquet file, gzipped or not, or a local folder of such files",
     )
     dataset_config: str | None = _data(
         None, "configuration (subset) of a hub dataset; None: its only or default one"
     )
-    column: str | None = _data(None, "the conversation's column; None: 'messages', else 'text'")
+    column: str | None = _data(
+        None, "column that holds the conversation; None: 'messages', 'text' and others"
+    )
     corpus_format: str | None = _data(
         None,
         "how a row is read: a registered name or 'module:function'; None: by column",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import collections
+import contextlib
 import csv
 import functools
 import gzip
@@ -9,8 +12,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 import reprlib
-import zlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +32,13 @@ CHITCHAT_MIN_CHARACTERS = 250
 
 FITTED_TABLES = ("bigram", "ppmi")
 
-COLUMNS = ("messages", "text")  # read where no column is named
+MESSAGES = ("messages", "conversations")  # columns of lists of messages
+# Read where no column is named: the first of these whose first and last column are there.
+LAYOUTS = [[name] for name in (*MESSAGES, "text")]
+LAYOUTS += [["prompt", "response"], ["prompt", "completion"], ["instruction", "input", "output"]]
+CONTENTS = ("content", "value", "text")  # where a message has what it says
+COPIED_WORDS = 4  # from so many words on, a text that is part of another is a copy
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Rows after which a corpus with too few texts is refused, without reading all of it.
 LOOK = 1000
 
@@ -38,11 +48,7 @@ CorpusFormat = Callable[[Any], str | None]
 
 @dataclass(frozen=True)
 class Texts:
-    """Conversations in the corpus's order, one text each.
-
-    Attributes:
-        skipped: rows without text among those read.
-    """
+    """Conversations in the corpus's order, one text each; `skipped` rows among them had none."""
 
     texts: list[str]
     skipped: int
@@ -50,18 +56,15 @@ class Texts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples' texts by role; no text of `validation` occurs in the other two.
-
-    Attributes:
-        validation: empty with validation="tail".
-        fitting: empty where nothing is fitted.
-        skipped: rows without text among those read.
+    """The samples' texts by role (none where nothing is held out, or fitted). Outside `validation`
+    `copies` texts that repeat one of it were left out; `skipped` rows had no text.
     """
 
     train: list[str]
     validation: list[str]
     fitting: list[str]
     skipped: int = 0
+    copies: int = 0
 
 
 def read(
@@ -72,22 +75,30 @@ def read(
     Args:
         path: a file that ends in one of `READERS`, gzipped or not; or a folder of such files, laid
             out like a hub dataset.
-        column: column that holds a text, or a list of messages with 'content', joined by a line
-            break; None: 'messages', else 'text'.
+        column: column that holds a text or a list of messages, which are joined by a line break;
+            None: the first of `LAYOUTS` that a row has.
         corpus_format: own function (or its name) from one row to its conversation's text, or None
             where it has none. A row is a dict of columns, or one line (a str) of a .txt file.
             Without it, a .txt file is one text.
 
     Raises:
-        ParameterError: a path, column or file that cannot be read, or more than a tenth of the
-            rows without text.
+        ParameterError: a path, column or file that cannot be read, more than a tenth of the rows
+            without text, or the same text in all rows.
     """
     there = hub.local(str(path))
     if there is None:
         raise ParameterError("dataset", str(path), "a file or folder that exists")
-    own = _resolved(corpus_format)
-    rows = _local_rows(there, None, "train", "train_split", own)
-    return _first(list(_texts(rows, str(path), column, own)))
+    if isinstance(own := corpus_format, str):
+        own = registry.resolve("corpus_format", own)
+    files = hub.files(there, None, "train", "train_split", READERS)
+    made = _first(list(_texts(_rows(files, column, own), str(path), column, own)))
+    _differ(made.texts, str(path))
+    return made
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters escaped, all but line feed and tab."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def load_corpus(experiment: Experiment) -> Corpus:
@@ -103,26 +114,69 @@ def load_corpus(experiment: Experiment) -> Corpus:
         return _chitchat(experiment, held_out, fitted)
     path = hub.local(experiment.dataset)
     own_split = None if path is not None and path.is_file() else experiment.validation_split
-    first = _read(experiment, own_split or experiment.train_split, held_out)
+    first = _read(experiment, experiment.train_split if own_split is None else own_split, held_out)
     _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
-    start = 0 if own_split else held_out
-    seen = set(first.texts)
+    start = held_out if own_split is None else 0
+    is_copy = _copy_finder(first.texts)
     wanted = fitted + experiment.samples
-    asked = start + wanted
-    while True:
-        train = _read(experiment, experiment.train_split, asked)
-        # A copy of a held-out conversation in training would be a leak.
-        rest = [text for text in train.texts[start:] if text not in seen][:wanted]
-        if len(rest) == wanted:
-            break
-        if len(train.texts) < asked:
-            name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
-            copies = max(0, len(train.texts) - start - len(rest))
-            there = len(rest) - used
-            _enough(name, getattr(experiment, name), there, experiment.dataset, copies)
+    asked = checked = start
+    rest: list[str] = []
+    while len(rest) < wanted:
         asked += wanted - len(rest)
-    skipped = train.skipped + (first.skipped if own_split else 0)
-    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped)
+        train = _read(experiment, experiment.train_split, asked)
+        rest += [text for text in train.texts[checked:] if not is_copy(text)]
+        checked = len(train.texts)
+        copies = max(0, checked - start - len(rest))
+        if checked < asked:
+            name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
+            _enough(name, getattr(experiment, name), len(rest) - used, experiment.dataset, copies)
+    _differ(rest, experiment.dataset)
+    skipped = train.skipped + (0 if own_split is None else first.skipped)
+    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped, copies)
+
+
+def _differ(texts: list[str], dataset: str) -> None:
+    if len(texts) > 1 and len(set(texts)) == 1:
+        raise ParameterError("dataset", dataset, f"other texts (all {len(texts)} are duplicates)")
+
+
+def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
+    """Whether a text repeats one of `held_out`, which would be a leak.
+
+    Case, spacing and the forms of characters (NFKC) make no difference. From `COPIED_WORDS` words
+    on, a text that is part of the other is a copy too, whatever the punctuation.
+    """
+    plain = {_plain(text) for text in held_out}
+    bodies = [_body(text) for text in plain]
+    runs = collections.Counter(run for body in bodies for run in set(_runs(body)))
+    by_run: dict[tuple[str, ...], list[str]] = {}  # each text under the run that fewest have
+    for body in bodies:
+        for run in sorted(_runs(body), key=runs.__getitem__)[:1]:
+            by_run.setdefault(run, []).append(body)
+    joined = "\n".join(bodies)
+
+    def is_copy(text: str) -> bool:
+        body = _body(text := _plain(text))
+        own = list(_runs(body))
+        if text in plain or (own and all(run in runs for run in own) and body in joined):
+            return True
+        return any(part in body for run in by_run.keys() & own for part in by_run[run])
+
+    return is_copy
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _body(text: str) -> str:
+    """Its words between blanks, so that a part of it is one of whole words."""
+    return " ".join(["", *re.findall(r"\w+", text), ""])
+
+
+def _runs(body: str) -> Iterable[tuple[str, ...]]:
+    words = body.split()
+    return zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
 
 
 def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int = 0) -> None:
@@ -139,7 +193,8 @@ def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
         default = "train" if name == "train_split" else None
         if (value := getattr(experiment, name)) != default:
             raise ParameterError(name, value, f"{default!r} with dataset 'chitchat'")
-    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{_code()}"
+    code = cache.code_fingerprint("corpora", "hub")
+    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{code}"
     texts = _first(_cached(key, _chitchat_texts)).texts
     validation, rest = texts[:CHITCHAT_HELD_OUT], texts[CHITCHAT_HELD_OUT:]
     fitting, train = rest[:CHITCHAT_FITTING], rest[CHITCHAT_FITTING:]
@@ -172,14 +227,16 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
         return Texts([], 0)
     name, config = experiment.dataset, experiment.dataset_config
     path = hub.local(name)
-    if path is None and (_suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
+    if path is None and (hub.suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
         accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
         raise ParameterError("dataset", name, accepted)
-    own = _resolved(experiment.corpus_format)
+    own_format = experiment.corpus_format
+    own = None if own_format is None else registry.resolve("corpus_format", own_format)
     source = registry.sources(experiment, "corpus_format")
-    where = [name, config, split, experiment.column, _code(), *source.values()]
+    code = cache.code_fingerprint("corpora", "hub")
+    where = [name, config, split, experiment.column, code, *source.values()]
     key = "local" if path is not None else name.replace("/", "--")
-    key += "-" + cache.digest(*where, hub.signature(path) if path is not None else None)
+    key += "-" + cache.digest(*where, hub.signature(path, "**/*") if path is not None else None)
 
     for file in sorted((cache.home() / "corpora").glob(f"{key}-*.parquet"), key=_asked):
         texts = _first(_cached(file.stem), count)
@@ -189,7 +246,8 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
 
     parameter = "validation_split" if split == experiment.validation_split else "train_split"
     if path is not None:
-        rows = _local_rows(path, config, split, parameter, own)
+        files = hub.files(path, config, split, parameter, READERS)
+        rows = _rows(files, experiment.column, own)
     else:
         hub.require_hub("dataset", name)
         rows = hub.rows(name, config, split, parameter)
@@ -229,16 +287,6 @@ def _first(rows: list[str | None], count: int | None = None) -> Texts:
     return Texts(texts, skipped)
 
 
-def _code() -> str:
-    return cache.code_fingerprint("corpora", "hub")
-
-
-def _resolved(corpus_format: CorpusFormat | str | None) -> CorpusFormat | None:
-    if isinstance(corpus_format, str):
-        return registry.resolve("corpus_format", corpus_format)
-    return corpus_format
-
-
 def _texts(
     rows: Iterable[Row],
     dataset: str,
@@ -262,8 +310,11 @@ def _texts(
         if not text or not text.strip():
             text = None
             skipped += 1
-            columns |= dict.fromkeys(map(str, row if isinstance(row, dict) else ()))
+            columns |= dict.fromkeys(map(printable, map(str, row if isinstance(row, dict) else ())))
             why = why or f"row {read}: {_reason(row, column)}"
+        elif (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
+            accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
+            raise ParameterError("dataset", dataset, accepted)
         yield text
         if skipped * 10 > read:
             if read >= LOOK:
@@ -284,56 +335,86 @@ def _texts(
 
 
 def _conversation(row: Row, column: str | None) -> str:
-    """A row as one text: its messages' contents joined by a line break. Empty: it has none."""
-    value = row if isinstance(row, str) else row.get(_column(row, column))
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_content, value)))
-    return value if isinstance(value, str) else ""
+    """A row as one text: what its columns say, joined by a line break. Empty: it has none."""
+    if isinstance(row, str):
+        return row
+    return _joined(_said(row.get(name), name) for name in _columns(row, column))
+
+
+def _said(value: Any, column: str) -> str:
+    """A text, or the contents of a list of messages, joined by a line break."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        # Braces are no conversation: what cannot be parsed in a column of messages is no text.
+        value = _parsed(value, column) or ("" if column in MESSAGES else value)
+    if isinstance(value, dict):  # one message, or the lists that `datasets` makes of a sequence
+        lists = (value[key] for key in CONTENTS if isinstance(value.get(key), list))
+        value = next(lists, [value])
+    return _joined(map(_content, value)) if isinstance(value, list) else _content(value)
+
+
+def _parsed(text: str, column: str) -> list[Any] | None:
+    """The messages that a text spells in JSON, or as Python prints them; None: it is text."""
+    for parse in (json.loads, ast.literal_eval) if text.lstrip()[:3] == "[{'" else (json.loads,):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            made = parse(text)
+            if _are_messages(made) or (column in MESSAGES and isinstance(made, list)):
+                return made
+    return None
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether it is a list of messages, and not of rows."""
+    some = isinstance(value, list) and len(value) > 0
+    return some and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
 
 def _content(message: Any) -> str:
     """What a message says; of a list of parts, those that are text."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+    if isinstance(message, dict):
+        message = next((message[key] for key in CONTENTS if message.get(key) is not None), None)
+    if isinstance(message, list):
+        parts = (part.get("text") if isinstance(part, dict) else part for part in message)
+        message = "".join(part for part in parts if isinstance(part, str))
+    return message if isinstance(message, str) else ""
 
 
-def _column(row: dict[str, Any], column: str | None) -> str:
-    if column is not None:
-        return column
-    return next((name for name in COLUMNS if name in row), COLUMNS[-1])
+def _joined(texts: Iterable[str]) -> str:
+    return "\n".join(filter(str.strip, texts))
+
+
+def _columns(row: dict[str, Any], column: str | None) -> list[str]:
+    there = (names for names in LAYOUTS if names[0] in row and names[-1] in row)
+    return next(there, ["text"]) if column is None else [column]
 
 
 def _reason(row: Row, column: str | None) -> str:
     """What a row without text has in its place."""
     if isinstance(row, str):
-        return reprlib.repr(row)
-    name = _column(row, column)
+        return reprlib.repr(row) if row else "empty"
+    name = _columns(row, column)[0]
     return f"{name!r} is {reprlib.repr(row[name])}" if name in row else f"no {name!r}"
 
 
-def _local_rows(
-    path: Path, config: str | None, split: str, parameter: str, corpus_format: CorpusFormat | None
+def _rows(
+    files: list[Path], column: str | None, corpus_format: CorpusFormat | None
 ) -> Iterator[Row]:
-    """Rows of a file, or of the files of one split of a folder."""
-    for file in hub.files(path, config, split, parameter) if path.is_dir() else [path]:
-        suffix = _suffix(file)
+    wanted = {name for names in LAYOUTS for name in names} if column is None else {column}
+    for file in files:
+        suffix = hub.suffix(file)
         if suffix not in READERS:
             raise ParameterError("dataset", str(file), f"one of {', '.join(READERS)}")
         try:
             if suffix == ".txt" and corpus_format is None:
                 yield "".join(text for _, text in _lines(file)).strip()
+            elif suffix == ".parquet":
+                yield from _parquet(file, None if corpus_format else wanted)
             else:
                 yield from READERS[suffix](file)
-        except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
+        except ParameterError:
+            raise
+        except Exception as error:  # of any class: gzip, csv and pyarrow have their own
             accepted = f"a file that can be read ({type(error).__name__}: {error})"
             raise ParameterError("dataset", str(file), accepted) from error
-
-
-def _suffix(file: Path) -> str:
-    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -349,17 +430,23 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:
-    """A JSON object on each line, or one list of them."""
-    lines = ((number, line.strip()) for number, line in _lines(file) if line.strip())
+    """A JSON object on each line, or one list or object over many."""
+    lines = _lines(file)
     for number, line in lines:
-        if line.startswith("["):
-            line = "\n".join([line, *(rest for _, rest in lines)])
+        text = line.strip()
+        if not text:
+            continue
+        if text == "{" or (text[0] == "[" and text[-1] != "]"):
+            text = (line + "".join(rest for _, rest in lines)).strip()
         try:
-            value = json.loads(line)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            accepted = f"JSON (line {number}: {error})"
+            at = number + getattr(error, "lineno", 1) - 1
+            accepted = f"JSON (line {at}: {getattr(error, 'msg', error)})"
             raise ParameterError("dataset", str(file), accepted) from error
-        for row in value if isinstance(value, list) else [value]:
+        for row in value if isinstance(value, list) and not _are_messages(value) else [value]:
+            if isinstance(row, list):
+                row = {MESSAGES[0]: row}
             if not isinstance(row, dict):
                 accepted = f"JSON objects (line {number}: {reprlib.repr(row)})"
                 raise ParameterError("dataset", str(file), accepted)
@@ -367,12 +454,24 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    return csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter)
+    csv.field_size_limit(2**31 - 1)  # Python's own is 128 KB
+    table = csv.DictReader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    try:
+        for row in table:
+            if None in row:  # an unquoted comma, say, and the text would end there
+                raise csv.Error("more fields than columns")
+            yield row
+    except csv.Error as error:
+        raise csv.Error(f"line {table.reader.line_num}: {error}") from error
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-        yield from batch.to_pylist()
+def _parquet(file: Path, columns: set[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of which only `columns` are read; the others are there, as None."""
+    table = pq.ParquetFile(file)
+    names = table.schema_arrow.names
+    chosen = names if columns is None else [name for name in names if name in columns]
+    for batch in table.iter_batches(batch_size=256, columns=chosen):
+        yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
 
 
 # A reader for each ending, without .gz; what they yield goes through `_conversation` or a

@@ -25,6 +25,8 @@ class Data:
     Attributes:
         fingerprint: digest of the three streams and the tokeniser.
         skipped: rows of the corpus without text among those read.
+        copies: samples left out because they repeat a held-out one.
+        loses_text: the tokens that validation is from do not give back all text in bits per byte.
     """
 
     train: Stream
@@ -33,6 +35,8 @@ class Data:
     tokenizer: Tokenizer
     fingerprint: str
     skipped: int = 0
+    copies: int = 0
+    loses_text: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -46,8 +50,8 @@ def load(experiment: Experiment) -> Data:
         ParameterError: a file, column, split or hub that is not there, a size that exceeds the
             corpus, a sample of fewer than two tokens.
     """
-    paths = [hub.local(name) for name in (experiment.dataset, experiment.tokenizer)]
-    files = [tuple(hub.signature(path)) for path in paths if path is not None]
+    paths = (hub.local(experiment.dataset), "**/*"), (hub.local(experiment.tokenizer), "*")
+    files = [tuple(hub.signature(path, below)) for path, below in paths if path is not None]
     only = Experiment(**experiment.to_dict("data"))
     own = registry.sources(experiment, "corpus_format").get("corpus_format", "")
     load = _load.__wrapped__ if own is None else _load  # without source: read anew
@@ -58,29 +62,36 @@ def load(experiment: Experiment) -> Data:
 def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) -> Data:
     corpus = load_corpus(experiment)
     tokenizer = load_tokenizer(experiment, corpus.fitting)
-    train, validation, fitting = (
+    (train, train_lost), (validation, lost), (fitting, _) = (
         _encode(tokenizer, getattr(corpus, role), experiment.dataset, role)
         for role in ("train", "validation", "fitting")
     )
     if experiment.validation == "tail":
         train, validation = _split_tail(train)
+        lost = train_lost
         if len(validation) < 2:
             raise ParameterError(
                 "samples", experiment.samples, "enough for a tail (10 %) of at least 2 tokens"
             )
     parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
+    parts.append(validation.text_bytes)
     fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
-    return Data(train, validation, fitting, tokenizer, fingerprint, corpus.skipped)
+    figures = corpus.skipped, corpus.copies, lost
+    return Data(train, validation, fitting, tokenizer, fingerprint, *figures)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> Stream:
+def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> tuple[Stream, bool]:
+    """The stream of `texts`, and whether one of them is another after decoding."""
+
     def tensors() -> dict[str, Tensor]:
         stream = tokenizer.encode(texts)
-        return {"tokens": stream.tokens.to(torch.int32), "starts": stream.starts}
+        tokens, sizes = stream.tokens.to(torch.int32), stream.text_bytes.to(torch.int32)
+        lost = torch.tensor(tokenizer.loses_text(texts, stream))
+        return {"tokens": tokens, "starts": stream.starts, "text_bytes": sizes, "lost": lost}
 
     key = cache.digest(cache.code_fingerprint("data", "tokenizer"), tokenizer.fingerprint, texts)
     cached = cache.tensors("tokens", key, tensors)
-    stream = Stream(cached["tokens"].long(), cached["starts"])
+    stream = Stream(cached["tokens"].long(), cached["starts"], cached["text_bytes"].long())
     ends = torch.cat([stream.starts[1:], torch.tensor([len(stream)])])
     short = torch.nonzero(ends - stream.starts < 2)
     if len(short) and texts:
@@ -89,7 +100,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> 
             f"samples of at least 2 tokens (sample {number} for {role} is {texts[number][:40]!r})"
         )
         raise ParameterError("dataset", dataset, accepted)
-    return stream
+    return stream, bool(cached["lost"])
 
 
 def _split_tail(stream: Stream) -> tuple[Stream, Stream]:
@@ -97,5 +108,5 @@ def _split_tail(stream: Stream) -> tuple[Stream, Stream]:
     cut = len(stream) - len(stream) // 10
     inside = stream.starts[stream.starts > cut] - cut
     tail_starts = torch.cat([torch.zeros(1, dtype=torch.int64), inside])
-    train = Stream(stream.tokens[:cut], stream.starts[stream.starts < cut])
-    return train, Stream(stream.tokens[cut:], tail_starts)
+    train = Stream(stream.tokens[:cut], stream.starts[stream.starts < cut], stream.text_bytes[:cut])
+    return train, Stream(stream.tokens[cut:], tail_starts, stream.text_bytes[cut:])

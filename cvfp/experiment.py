@@ -97,7 +97,7 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
         baseline_nats = _baselines(data, table)
 
     predicted = len(data.validation) - 1
-    val_bytes = data.tokenizer.count_bytes(data.validation.tokens[1:])
+    val_bytes = int(data.validation.text_bytes[1:].sum())
     if second is not None:
         nats = float(second.validation.nats.sum())
         measured |= _of_phase2(second, data) | {"val_bpb": metrics.bits_per_byte(nats, val_bytes)}
@@ -109,6 +109,7 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
         vocab_size=len(table.weight),
         embedding_dim=table.weight.shape[1],
         parameters=controls.parameter_counts(model, experiment),
+        loses_text=data.loses_text,
         baselines={
             name: None
             if loss is None

@@ -64,6 +64,7 @@ class Result:
     precision: str
     threads: int
     versions: dict[str, str]
+    loses_text: bool = False
     from_store: bool = field(default=False, compare=False)
     _model: CVFP | Peer | None = field(default=None, repr=False, compare=False)
 
@@ -158,6 +159,7 @@ def column_docs() -> dict[str, str]:
         "val_ppl": "validation perplexity, exp(mean nats per token), at the best epoch, float32",
         "val_acc": "validation top-1 accuracy, fraction",
         "val_bpb": "validation bits per byte of UTF-8 text",
+        "loses_text": "the tokeniser does not give back all text that val_bpb counts the bytes of",
         "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
         "train_er": "effective rank of Phase 2's training contexts, fraction of D",
         "val_er": "effective rank of the exact validation contexts, fraction of D",

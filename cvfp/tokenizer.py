@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ class Stream:
     Attributes:
         tokens: int64 [T].
         starts: int64, the position of each sample's first token.
+        text_bytes: int64 [T], bytes of UTF-8 text that each token covers; a sample's add up to its
+            text's. Empty where nobody counts them.
     """
 
     tokens: Tensor
     starts: Tensor
+    text_bytes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,7 +66,8 @@ class Tokenizer:
         lengths = np.array([len(i) for i in ids], dtype=np.int64)
         flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
         starts = np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64)[: len(ids)]
-        return Stream(torch.from_numpy(flat), torch.from_numpy(starts))
+        stream = Stream(torch.from_numpy(flat), torch.from_numpy(starts))
+        return replace(stream, text_bytes=self._text_bytes(texts, stream))
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, special ones included."""
@@ -73,18 +77,40 @@ class Tokenizer:
         """Each token decoded alone (one that is only part of a character: �)."""
         return [self.decode([token]) for token in tokens]
 
-    def count_bytes(self, tokens: Tensor) -> int:
-        """UTF-8 bytes that `tokens` stand for; exact for byte-level tokenisers at any cut."""
-        if isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
-            return int(self._bytes_per_token[tokens].sum())
-        return len(self.decode(tokens.tolist()).encode())
+    def loses_text(self, texts: list[str], stream: Stream) -> bool:
+        """Whether any of `texts`, encoded as `stream`, is another after decoding."""
+        ids = [part.tolist() for part in stream.tokens.tensor_split(stream.starts[1:])]
+        return bool(texts) and self.backend.decode_batch(ids, skip_special_tokens=False) != texts
+
+    def _text_bytes(self, texts: list[str], stream: Stream) -> Tensor:
+        """Bytes of its text that each token covers.
+
+        The pieces of a byte-level vocabulary tell it to the byte, where they add up to the text.
+        Elsewhere (a normaliser, unknown words, blanks between words) the offsets do: a token covers
+        what lies between the last one's end and its own.
+        """
+        sizes = self._bytes_per_token[stream.tokens]
+        byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
+        parts = sizes.tensor_split(stream.starts[1:])  # views
+        for text, part in zip(texts, parts, strict=False):
+            if byte_level and part.sum() == len(text.encode()):
+                continue
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            widths = 1 + np.searchsorted([0x80, 0x800, 0x10000], points, side="right")
+            offsets = self.backend.encode(text, add_special_tokens=False).offsets
+            ends = np.maximum.accumulate([end for _, end in offsets], dtype=np.int64)
+            ends[-1:] = len(points)
+            part[:] = torch.from_numpy(np.diff(np.append(0, widths.cumsum())[ends], prepend=0))
+        return sizes
 
     @cached_property
     def _bytes_per_token(self) -> Tensor:
-        # Byte-level vocabularies write each byte as one character.
+        # Byte-level vocabularies write each byte as one character; added tokens are plain text.
         lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
         for piece, index in self.backend.get_vocab().items():
             lengths[index] = len(piece)
+        for index, token in self.backend.get_added_tokens_decoder().items():
+            lengths[index] = len(token.content.encode())
         return lengths
 
 

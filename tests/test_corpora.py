@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cvfp import Experiment, ParameterError, corpora, data
 from cvfp.corpora import Texts, load_corpus, read
 
 SAMPLES = [f"sample number {i} of the file" for i in range(20)]
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
 FromFile = Callable[..., Experiment]
 WriteJsonl = Callable[..., str]
@@ -201,6 +208,105 @@ def test_columns_that_are_not_read_do_not_decide(write_jsonl: WriteJsonl) -> Non
     assert read(path).skipped == 0
 
 
+def cases() -> list[Any]:
+    file = CASES / "cases.json"
+    if not file.exists():
+        return [pytest.param({}, marks=pytest.mark.skip(f"{file} is not there"))]
+    return [pytest.param(one, id=one["why"]) for one in json.loads(file.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_files_as_people_have_them(
+    case: dict[str, Any], gpt2_folder: Path, from_file: FromFile
+) -> None:
+    path = CASES / case["file"]
+    if "refuse" in case:
+        with pytest.raises(ParameterError) as error:
+            read(path)
+        assert all(word in str(error.value) for word in case["refuse"])
+    elif "texts" in case:
+        assert read(path, **case.get("fields", {})) == Texts(case["texts"], case["skipped"])
+    else:
+        corpus = load_corpus(
+            from_file(str(path), str(gpt2_folder), samples=1, validation_samples=1)
+        )
+        assert (corpus.train, corpus.copies) == (["something else"], 2)
+
+
+MESSAGES = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": MESSAGES, "prompt": "no", "response": "no"}, "ping\npong"),
+        ({"messages": json.dumps(MESSAGES)}, "ping\npong"),
+        ({"messages": str(MESSAGES)}, "ping\npong"),
+        ({"conversations": '[{"value": "ping"}, {"value": "pong"}]'}, "ping\npong"),
+        ({"messages": ["ping", " ", "pong"]}, "ping\npong"),
+        ({"messages": {"role": ["user", "bot"], "content": ["ping", "pong"]}}, "ping\npong"),
+        ({"conversations": {"from": ["user", "bot"], "value": ["ping", None]}}, "ping"),
+        ({"messages": {"role": "user", "content": "ping"}}, "ping"),
+        ({"messages": [{"role": "user", "text": "ping"}]}, "ping"),
+        ({"messages": "ping"}, "ping"),
+        ({"messages": "[{'role': 'user' 'content'"}, ""),
+        ({"messages": '{"a": 1}'}, ""),
+        ({"text": json.dumps(MESSAGES)}, "ping\npong"),
+        ({"text": "[laughs] ping"}, "[laughs] ping"),
+        ({"text": '{"a": 1}'}, '{"a": 1}'),
+        ({"text": "[1, 2]"}, "[1, 2]"),
+        ({"text": 3, "prompt": "no", "response": "no"}, ""),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "ping\npong"),
+        ({"prompt": "ping", "response": None}, "ping"),
+        ({"instruction": "ping", "output": "pong"}, "ping\npong"),
+        ({"prompt": "ping"}, ""),
+    ],
+)
+def test_layouts_of_a_row(row: dict[str, Any], text: str) -> None:
+    assert corpora._conversation(row, None) == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"}, {"text": "b"}]',
+        '[\n {"text": "a"},\n\n {"text":\n "b"}\n]\n',
+        '[{"text": "a"},\n {"text": "b"}]',
+        '\n{"text": "a"}\n\n{"text": "b"}',
+        '[{"role": "user", "content": "a"}]\n[{"role": "user", "content": "b"}]\n',
+        '[["a"], ["b"]]',
+    ],
+)
+def test_shapes_of_json(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert read(tmp_path / "a.json").texts == ["a", "b"]
+
+
+def test_json_over_many_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n "text": "one"\n}\n')
+    assert read(tmp_path / "a.json").texts == ["one"]
+    (tmp_path / "b.json").write_text('\n[\n {"text": "a"},\n {"text" "b"}\n]')
+    with pytest.raises(ParameterError, match=r"b\.json'; .*JSON \(line 4: "):
+        read(tmp_path / "b.json")
+
+
+def test_long_fields_of_a_table(tmp_path: Path) -> None:
+    text = "long " * 40_000
+    (tmp_path / "a.csv").write_text(f'text,id\n"{text}",1\n')
+    assert read(tmp_path / "a.csv").texts == [text]
+
+
+def test_parquet_columns_that_are_not_read_do_not_decide(tmp_path: Path) -> None:
+    # Beyond the years that Python has: pyarrow cannot give it as a row's value.
+    odd = pa.array([10**15], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["fine"], "when": odd}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet").texts == ["fine"]
+    pq.write_table(pa.table({"body": ["fine"], "when": odd}), tmp_path / "b.parquet")
+    with pytest.raises(ParameterError, match=r"^column: .*body, when"):
+        read(tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", column="body").texts == ["fine"]
+
+
 NAMES = ["t[1].jsonl", "y*.jsonl", "a::b.jsonl", "what?.jsonl", "{x,y}.jsonl", "UPPER.JSONL"]
 
 
@@ -218,6 +324,75 @@ def test_a_path_that_exists_is_that_path(
     path.rename(folder / "train.jsonl")
     assert read(folder).texts == SAMPLES
     assert load_corpus(from_file(str(folder), str(gpt2_folder))).train == SAMPLES[2:6]
+
+
+FOLDERS: list[tuple[dict[str, str], list[str] | str]] = [
+    ({"A.JSONL": "a", "b.jsonl": "b"}, ["a", "b"]),
+    (
+        {"a[1].jsonl": "a", "a::b.jsonl": "b", "a1.jsonl": "c", "y*.jsonl": "d"},
+        ["c", "b", "a", "d"],
+    ),
+    ({"x/a.jsonl": "a", "x/y/b.json": "b", ".z/c.jsonl": "c", "__MACOSX/d.jsonl": "d"}, ["a", "b"]),
+    ({"train.jsonl": "a", "my-test.jsonl": "b", "dev/1.jsonl": "c", "more.txt": "d"}, ["a"]),
+    ({"a-00001-of-00002.jsonl": "b", "train-00001-of-00002.jsonl": "a"}, ["a"]),
+    ({"train.jsonl": "a", "b.jsonl": "b"}, r"name tells its split \(b\.jsonl does not"),
+    ({"a.jsonl": "a", "LICENSE.txt": "b"}, r"\(LICENSE\.txt, a\.jsonl\)"),
+    ({"test.jsonl": "a"}, r"train_split: got 'train'; .* test"),
+    ({"a.docx": "a", "b.zip": "b"}, r"\.jsonl, .*\(there: \.docx, \.zip\)"),
+    ({}, r"there: nothing"),
+]
+
+
+@pytest.mark.parametrize(("files", "wanted"), FOLDERS)
+def test_folders(files: dict[str, str], wanted: list[str] | str, tmp_path: Path) -> None:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}))
+    if isinstance(wanted, list):
+        assert read(tmp_path).texts == wanted
+    else:
+        with pytest.raises(ParameterError, match=wanted):
+            read(tmp_path)
+
+
+def test_readme_tells_files_and_configurations(
+    tmp_path: Path, gpt2_folder: Path, from_file: FromFile
+) -> None:
+    folder = tmp_path / "of [mine]"
+    (folder / "data").mkdir(parents=True)
+    for name, rows in (("a", SAMPLES[:6]), ("b", SAMPLES[6:9]), ("c", SAMPLES[9:])):
+        lines = [json.dumps({"text": text}) + "\n" for text in rows]
+        (folder / "data" / f"{name}.jsonl").write_text("".join(lines))
+    splits = "[{split: train, path: data/a.jsonl}, {split: held, path: ['data/[b]*']}]"
+    configs = (
+        f"[{{config_name: default, data_files: {splits}}}, {{config_name: c, data_files: '*/c*'}}]"
+    )
+    (folder / "README.md").write_text(f"---\nconfigs: {configs}\n---\n# Mine\n")
+    assert read(folder).texts == SAMPLES[:6]
+    experiment = from_file(str(folder), str(gpt2_folder), validation_split="held")
+    corpus = load_corpus(experiment)
+    assert (corpus.validation, corpus.train) == (SAMPLES[6:8], SAMPLES[:4])
+    other = experiment.replace(dataset_config="c", validation_split=None)
+    assert load_corpus(other).validation == SAMPLES[9:11]
+    with pytest.raises(ParameterError, match=r"^dataset_config: got 'd'; "):
+        load_corpus(experiment.replace(dataset_config="d"))
+    (folder / "README.md").write_text("---\nconfigs: [}\n---\n")
+    with pytest.raises(ParameterError, match=r"^dataset_config: got None; .*README"):
+        read(folder)
+
+
+def test_the_home_folder_is_no_corpus(
+    tmp_path: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("/", "~"):
+        with pytest.raises(ParameterError, match=r"^dataset: .*folder of its own"):
+            load_corpus(from_file(name, str(gpt2_folder)))
+        started = time.monotonic()
+        with pytest.raises(ParameterError, match=r"^tokenizer: got "):
+            data.load(Experiment(tokenizer=name, vocab_size=None, embedding="random"))
+        assert time.monotonic() - started < 20  # a disk takes minutes
 
 
 @pytest.mark.parametrize(
@@ -255,6 +430,14 @@ def test_text_files_are_one_text_each(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"plain", "can be read"),
         ("a.parquet", b"PAR1", "can be read"),
         ("a.docx", b"x", r"one of \.jsonl, "),
+        ("a.csv", b"text\n", "not empty"),
+        ("a.json", b"[]", "not empty"),
+        ("a.csv", b'text,id\n"never closed,1\nnext,2\n', "line 3: unexpected end of data"),
+        ("a.csv", b"text\nhello, you\n", r"line 2: more fields than columns"),
+        ("a.tsv", b'text\n"so" he said\n', r"line 2: .*expected after"),
+        ("a.txt", b" ", "row 1: empty"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\\ud800"}', r"row 2 has the lone surrogate"),
+        ("a.jsonl", b'{"text": "same"}\n{"text": "same"}', "all 2 are duplicates"),
     ],
 )
 def test_refusals_name_file_and_cause(
@@ -275,6 +458,70 @@ def test_only_duplicates_of_held_out_samples(
     fitted = from_file(path, str(gpt2_folder), embedding="bigram", fitting_samples=3)
     with pytest.raises(ParameterError, match=r"^samples: got 4; .*at most 0 "):
         load_corpus(fitted)
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    pd.DataFrame({"text": pd.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ParameterError, match=r"^dataset: .*a\.parquet'; .*not empty"):
+        read(tmp_path / "a.parquet")
+
+
+HELD_OUT = [
+    "The held out  one, whole",
+    "Good morning",
+    "\u5168\u90e8 said in wide (\uff21) letters",
+]
+COPIES = [
+    ("the held out one, whole ", True),
+    ("before: the held out ONE; whole. After", True),
+    ("bathe held out one, whole", False),
+    ("The held out one", True),  # four words of five
+    ("the held out", False),
+    ("held out one the whole", False),
+    ("good  morning", True),
+    ("good morning to you all", False),
+    ("\u5168\u90e8 SAID in wide (A) letters", True),
+    ("something else", False),
+]
+
+
+@pytest.mark.parametrize(("text", "copy"), COPIES)
+def test_near_copies_of_held_out_samples(text: str, copy: bool) -> None:
+    assert corpora._copy_finder(HELD_OUT)(text) == copy
+
+
+def test_near_copies_are_dropped_from_fitting_and_training_and_counted(
+    gpt2_folder: Path, from_file: FromFile, write_jsonl: WriteJsonl
+) -> None:
+    near = [SAMPLES[0].upper(), f"he said: {SAMPLES[1]} "]
+    path = write_jsonl(*SAMPLES[:3], near[0], *SAMPLES[3:6], near[1], *SAMPLES[6:], near[0])
+    experiment = from_file(path, str(gpt2_folder), embedding="bigram", fitting_samples=2)
+    corpus = load_corpus(experiment.replace(samples=4))
+    assert (corpus.validation, corpus.fitting) == (SAMPLES[:2], SAMPLES[2:4])
+    assert corpus.train == SAMPLES[4:8]
+    assert corpus.copies == data.load(experiment).copies == 2  # the last row is not needed
+    assert load_corpus(experiment.replace(samples=2)).copies == 1
+    # Held-out samples may repeat one another, and stay.
+    first = from_file(write_jsonl("one text", "One  text", *SAMPLES), str(gpt2_folder))
+    assert load_corpus(first).validation == ["one text", "One  text"]
+
+
+def test_copies_are_found_fast() -> None:
+    # All begin alike, as with one system prompt, which must not make them candidates.
+    texts = [
+        f"you are a helpful assistant {i} {i * 7919 % 10007} {i % 97} end" for i in range(30_000)
+    ]
+    is_copy = corpora._copy_finder(texts[:1000])
+    started = time.monotonic()
+    assert sum(map(is_copy, texts)) == 1000
+    assert time.monotonic() - started < 10
+
+
+def test_printable() -> None:
+    kept = "\n\tcaf\u00e9 \u3000\U0001f642"
+    escapes = "bell\a \x1b[31mred\x1b]0;title\x07 \x9b1m \r \u202e \ud800"
+    shown = r"bell\x07 \x1b[31mred\x1b]0;title\x07 \x9b1m \r \u202e \ud800"
+    assert corpora.printable(escapes + kept) == shown + kept
 
 
 def test_own_format_gets_rows_or_lines(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
@@ -341,3 +588,71 @@ def test_file_that_cannot_be_read_is_named(
     path.write_text(content)
     with pytest.raises(ParameterError, match=r"^dataset: got '.*broken\.jsonl'"):
         load_corpus(from_file(str(path), str(gpt2_folder)))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["content", "value", "text", "role", "from"]) | st.text(max_size=3),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+ROWS = st.dictionaries(st.sampled_from([n for one in corpora.LAYOUTS for n in one]), VALUES)
+LINES = st.lists(
+    st.binary(max_size=40)
+    | ROWS.map(lambda row: json.dumps(row).encode())
+    | VALUES.map(lambda value: json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    | st.sampled_from(
+        [
+            b'{"text": "fine"}',
+            b'{"text": ' + b"[" * 3000,
+            b'{"messages": "' + b"[" * 3000 + b'"}',
+            b'{"text": ' + b"9" * 5000 + b"}",
+            b'{"text": 1e999, "messages": NaN}',
+            b'text,"messages',
+            b"PAR1",
+        ]
+    ),
+    max_size=6,
+)
+SUFFIXES = [*corpora.READERS, ".jsonl.gz", ".csv.gz", ".parquet.gz"]
+
+
+@given(
+    lines=LINES,
+    suffix=st.sampled_from(SUFFIXES),
+    how=st.sampled_from(["plain", "gzip", "cut"]),
+    column=st.none() | st.sampled_from(["text", "messages", ""]),
+)
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_hostile_files_end_in_texts_or_a_refusal(
+    lines: list[bytes], suffix: str, how: str, column: str | None, tmp_path: Path
+) -> None:
+    content = b"\n".join(lines)
+    if how != "plain":
+        content = gzip.compress(content)
+    path = tmp_path / f"hostile{suffix}"
+    path.write_bytes(content[: len(content) // 2] if how == "cut" else content)
+    with contextlib.suppress(ParameterError):
+        made = read(path, column)
+        assert made.texts
+        assert all(text.strip() and text.encode() for text in made.texts)
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=4))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_hostile_parquet(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    with contextlib.suppress(pa.ArrowException, UnicodeEncodeError, OverflowError):
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, tmp_path / "a.parquet")
+        with contextlib.suppress(ParameterError):
+            assert read(tmp_path / "a.parquet").texts

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers import models, pre_tokenizers
 
+import cvfp
 from cvfp import Experiment, ParameterError, cache, data
+from cvfp.analysis import readings
 from cvfp.corpora import load_corpus
 from cvfp.data import Stream
 
@@ -39,6 +45,54 @@ def test_starts_of_the_tail_at_its_border(
     assert first.tokens.tolist() == list(range(18))
     assert last.tokens.tolist() == [18, 19]
     assert (first.starts.tolist(), last.starts.tolist()) == (train, tail)
+
+
+def test_bytes_of_the_text_follow_the_streams(tiny: Experiment) -> None:
+    held_out, tail = data.load(tiny), data.load(tiny.replace(validation="tail"))
+    whole = len("".join(load_corpus(tiny).train).encode())
+    assert held_out.train.text_bytes.sum() == whole
+    assert tail.train.text_bytes.sum() + tail.validation.text_bytes.sum() == whole
+    assert len(tail.validation.text_bytes) == len(tail.validation)
+    assert (held_out.loses_text, tail.loses_text) == (False, False)
+
+
+@pytest.fixture
+def lossy_folder(tmp_path: Path) -> str:
+    """A tokeniser of words that knows two, as transformers saves it."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "yes": 1, "no": 2}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "t")
+    return str(tmp_path / "t")
+
+
+@pytest.mark.parametrize("validation", ["held_out", "tail"])
+def test_a_tokeniser_that_loses_text_says_so(
+    validation: str, lossy_folder: str, from_file: FromFile, write_jsonl: WriteJsonl
+) -> None:
+    path = write_jsonl("yes I do no", *[f"no yes {i}" for i in range(9)])
+    experiment = from_file(
+        path, lossy_folder, validation=validation, validation_samples=1, samples=9
+    )
+    made = data.load(experiment)
+    assert made.loses_text
+    if validation == "held_out":
+        assert made.validation.text_bytes.tolist() == [3, 2, 3, 3]
+    result = cvfp.run(experiment.replace(phase1_max_iterations=2, phase2_epochs=1))
+    bits = math.log2(result.val_ppl) * (result.val_tokens - 1)
+    assert result.val_bpb == pytest.approx(bits / int(made.validation.text_bytes[1:].sum()))
+    assert result.loses_text
+    assert "does not give back" in readings.quickstart(result)
+
+
+def test_the_same_tokens_of_another_text_are_other_data(
+    lossy_folder: str, from_file: FromFile, write_jsonl: WriteJsonl
+) -> None:
+    made = []
+    for word in ("perhaps", "maybe"):
+        path = write_jsonl(f"yes {word}", "no yes", "no no", name=word)
+        made.append(data.load(from_file(path, lossy_folder, validation_samples=1, samples=2)))
+    assert torch.equal(made[0].validation.tokens, made[1].validation.tokens)
+    assert made[0].fingerprint != made[1].fingerprint
 
 
 def test_tail_too_short_is_refused(

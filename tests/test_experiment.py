@@ -164,7 +164,7 @@ def test_fitted_table_stands_beside_the_run(tiny: Experiment) -> None:
     assert result.baselines["table"] is not None
     assert result.baselines["table"]["ppl"] == pytest.approx(math.exp(nats))
     texts = "".join(load_corpus(tiny).validation)
-    first = made.tokenizer.count_bytes(made.validation.tokens[:1])
+    first = int(made.validation.text_bytes[0])
     total_bytes = len(texts.encode()) - first
     per_byte = nats * (result.val_tokens - 1) / math.log(2) / total_bytes
     assert result.baselines["table"]["bpb"] == pytest.approx(per_byte)

@@ -90,6 +90,45 @@ def test_local_folders_need_no_hub(
     embeddings.load(experiment, data.load(experiment))
 
 
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("gpt2", True),
+        ("HuggingFaceH4/ultrachat_200k", True),
+        ("a/b/c", False),
+        ("./a", False),
+        ("~/a", False),
+        ("/a", False),
+        ("a b", False),
+        ("x" * 300, False),
+        ("", False),
+    ],
+)
+def test_hub_ids(name: str, is_id: bool) -> None:
+    assert hub.is_hub_id(name) == is_id
+
+
+def test_a_path_that_exists_comes_before_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("~", "home"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").touch()
+    assert hub.local("~/a.jsonl") == Path("~/a.jsonl")
+    (tmp_path / "home" / "b.jsonl").touch()
+    assert hub.local("~/b.jsonl") == tmp_path / "home" / "b.jsonl"
+    assert hub.local("x" * 300) is None
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"model": ' + "[" * 3000])
+def test_a_tokeniser_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ParameterError, match=r"^tokenizer: got '.*transformers can load \(.+\)"):
+        data.load(Experiment(tokenizer=str(tmp_path), vocab_size=None, embedding="random"))
+
+
 def serve(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     """`datasets.load_dataset` replaced by a stream of `rows` texts; the rows taken from it."""
     taken: list[int] = []
@@ -106,6 +145,19 @@ def serve(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return taken
+
+
+def test_rows_that_the_hub_cannot_cast_are_named(
+    home: Path, gpt2_folder: Path, from_file: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, **arguments: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "fine"}
+        raise TypeError("Couldn't cast array of type string to null")
+
+    monkeypatch.setattr(hub, "require_hub", lambda parameter, name: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ParameterError, match=r"^dataset: got 'a/b'; .*Couldn't cast"):
+        load_corpus(from_file("a/b", str(gpt2_folder)))
 
 
 def test_streaming_takes_no_more_rows_than_asked_for(

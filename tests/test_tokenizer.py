@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cvfp import Experiment, ParameterError, data
 from cvfp.corpora import load_corpus
@@ -30,17 +33,94 @@ def test_bytes_and_roundtrip(bpe: Tokenizer, gpt2: Tokenizer, texts: list[str]) 
     for tokenizer in (bpe, gpt2):
         stream = tokenizer.encode(texts)
         assert tokenizer.decode(stream.tokens.tolist()) == "".join(texts)
-        assert tokenizer.count_bytes(stream.tokens) == len("".join(texts).encode())
+        parts = stream.text_bytes.tensor_split(stream.starts[1:])
+        assert [int(part.sum()) for part in parts] == [len(text.encode()) for text in texts]
+        assert not tokenizer.loses_text(texts, stream)
 
 
 def test_bytes_at_a_cut_within_a_character(bpe: Tokenizer, gpt2: Tokenizer) -> None:
     text = "👩‍🚀 naïve 東京 <|endoftext|>\n\tok"
     for tokenizer in (bpe, gpt2):
-        tokens = tokenizer.encode([text]).tokens
-        assert tokenizer.count_bytes(tokens) == len(text.encode())
-        single = [tokenizer.count_bytes(tokens[i : i + 1]) for i in range(len(tokens))]
-        assert sum(single) == len(text.encode())
-        assert min(single) >= 1
+        single = tokenizer.encode([text]).text_bytes
+        assert single.sum() == len(text.encode())
+        assert single.min() >= 1
+
+
+def word_level() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "yes": 1, "no": 2}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [], trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet)
+    )
+    return made
+
+
+def with_special_token() -> tokenizers.Tokenizer:
+    made = byte_level()
+    made.add_special_tokens(["<|\u7d42|>"])
+    return made
+
+
+def with_normaliser() -> tokenizers.Tokenizer:
+    made = byte_level()
+    made.normalizer = normalizers.NFC()
+    return made
+
+
+def with_prefix() -> tokenizers.Tokenizer:
+    made = byte_level()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return made
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    pieces = [("<unk>", 0.0), ("\u2581", -1.0), ("a", -2.0), ("b", -2.0), ("\u2581a", -1.5)]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, 0, False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    return made
+
+
+def wordpiece() -> tokenizers.Tokenizer:
+    vocab = {"[UNK]": 0, "he": 1, "##llo": 2, "there": 3}
+    made = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "wanted", "loses"),
+    [
+        (word_level, "yes I do no", [3, 2, 3, 3], True),  # a token covers the blank before it
+        (word_level, " yes  no ", [4, 5], True),
+        (with_special_token, "<|\u7d42|>a", [7, 1], False),
+        (with_normaliser, "ae\u0301", [1, 1, 2], True),  # two characters become one of two bytes
+        (with_prefix, "ab", [1, 0, 1], True),
+        (sentencepiece, "a b", [1, 1, 1], False),
+        (sentencepiece, "a\u00e9 b", [1, 2, 1, 1], True),
+        (wordpiece, "h\u00e9llo there", [3, 3, 6], True),
+        (wordpiece, "hello there", [2, 3, 6], False),
+    ],
+)
+def test_bytes_are_those_of_the_text(
+    make: Callable[[], tokenizers.Tokenizer], text: str, wanted: list[int], loses: bool
+) -> None:
+    tokenizer = Tokenizer(make())
+    for texts in ([text], ["", text, text]):
+        stream = tokenizer.encode(texts)
+        assert stream.text_bytes.tolist() == wanted * texts.count(text)
+        assert tokenizer.loses_text([text], tokenizer.encode([text])) == loses
+    assert sum(wanted) == len(text.encode())
 
 
 def test_pretrained_tokens_are_those_of_transformers(gpt2: Tokenizer, gpt2_folder: Path) -> None:

@@ -62,14 +62,15 @@ def quickstart(result: Result) -> str:
         )
     last = result.phase2_history[-1]
     lines = {k: None if v is None else v["ppl"] for k, v in result.baselines.items()}
+    lost = " (of text that the tokeniser does not give back whole)" if result.loses_text else ""
     return "\n\n".join(
         [
             f"**Phase 1** {fate}. The contexts of held-out text span "
             f"{val_er * one.context_dim:.0f} of {one.context_dim} "
             f"directions by effective rank ({result.val_er:.1%}; training {result.train_er:.1%}).",
             f"**Phase 2** was best at epoch {result.best_epoch} of {last['epoch']:.0f} run: "
-            f"accuracy {result.val_acc:.1%}, {result.val_bpb:.3f} bits per byte. The epoch is "
-            "chosen on the tokens it is scored on, as in the notes, which flatters it a little.",
+            f"accuracy {result.val_acc:.1%}, {result.val_bpb:.3f} bits per byte{lost}. The epoch "
+            "is chosen on the tokens it is scored on, as in the notes, which flatters it a little.",
             against_baselines(result.val_ppl, lines),
         ]
     )
