@@ -204,17 +204,12 @@ def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
     return unique[0], unique[1], counts
 
 
-class _Neighbours:
-    """Weighted sums of rows, one sum for each run of `lengths` consecutive entries of `rows`."""
-
-    def __init__(self, rows: Tensor, weights: Tensor, lengths: Tensor) -> None:
-        self.rows, self.weights = rows, weights
-        self.offsets = lengths.cumsum(0) - lengths
-
-    def sum(self, table: Tensor) -> Tensor:
-        return F.embedding_bag(
-            self.rows, table, self.offsets, mode="sum", per_sample_weights=self.weights
-        )
+def _sums_of_runs(rows: Tensor, weights: Tensor, lengths: Tensor) -> Callable[[Tensor], Tensor]:
+    """table [V, E] -> weighted sums of its `rows`, one for each run of `lengths` of them."""
+    begins = lengths.cumsum(0) - lengths
+    return lambda table: F.embedding_bag(
+        rows, table, begins, mode="sum", per_sample_weights=weights
+    )
 
 
 def fit_bigram(
@@ -234,10 +229,10 @@ def fit_bigram(
     unigram = torch.bincount(second, share.double(), vocab_size).float()
     contexts, row, pairs = torch.unique_consecutive(first, return_inverse=True, return_counts=True)
     context_share = torch.bincount(row, share.double()).float()
-    followers_of = _Neighbours(second, share, pairs)
+    followers_of = _sums_of_runs(second, share, pairs)
     by_second = torch.argsort(second, stable=True)
     successors, pairs = torch.unique_consecutive(second[by_second], return_counts=True)
-    preceders_of = _Neighbours(row[by_second], share[by_second], pairs)
+    preceders_of = _sums_of_runs(row[by_second], share[by_second], pairs)
     model = BigramLM(
         torch.empty(vocab_size, embedding_dim).normal_(0, FIT_STD, generator=generator),
         torch.empty(embedding_dim, embedding_dim).normal_(0, FIT_STD / 10, generator=generator),
@@ -263,7 +258,7 @@ def fit_bigram(
         # threads, and the same fit would not give the same table twice.
         hidden = model.hidden(contexts)
         leaf = hidden.detach().requires_grad_(True)
-        followers = followers_of.sum(model.table.detach())
+        followers = followers_of(model.table.detach())
         loss = -(leaf.detach() * followers).sum()
         # The first sum in chunks of contexts, so that any vocabulary fits in memory.
         for piece, weight in zip(leaf.split(chunk), context_share.split(chunk), strict=True):
@@ -276,7 +271,7 @@ def fit_bigram(
         assert leaf.grad is not None
         hidden.backward(leaf.grad - followers)
         assert model.table.grad is not None
-        model.table.grad[successors] -= preceders_of.sum(leaf.detach())
+        model.table.grad[successors] -= preceders_of(leaf.detach())
         optimiser.step()
         schedule.step()
         report({"step": float(step), "fit_loss": float(loss)})

@@ -22,7 +22,7 @@ HEART = (
     "recurrence",
     "metrics",
 )
-HEART_LINES, OPS_LINES = 1000, 800
+HEART_LINES, OPS_LINES, PACKAGE_LINES = 1000, 800, 10_300
 
 # Low to high; a module imports from its own layer and those before it. Packages stand for all that
 # is in them; modules that are not there are ignored.
@@ -75,9 +75,11 @@ def test_lines_of_the_heart_and_of_the_engine_room(capsys: pytest.CaptureFixture
             each = ", ".join(f"{module} {count}" for module, count in counts.items())
             text = f"\n{words}: {sum(counts.values())} lines of {limit} ({each})"
             print(text, end="", file=sys.stderr)
-        print(f"\npackage: {lines(*FILES)} lines in {len(FILES)} files", file=sys.stderr)
+        text = f"\npackage: {lines(*FILES)} lines of {PACKAGE_LINES} in {len(FILES)} files"
+        print(text, file=sys.stderr)
     assert sum(heart.values()) <= HEART_LINES, heart
     assert sum(room.values()) <= OPS_LINES, room
+    assert lines(*FILES) <= PACKAGE_LINES
 
 
 # What stays behind the door

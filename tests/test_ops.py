@@ -312,6 +312,17 @@ def test_scores_are_cross_entropy_and_ties_are_wrong() -> None:
     assert correct.tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("rows", [1, 150])
+@pytest.mark.parametrize("vocabulary", [7, 400])
+def test_log_partition(vocabulary: int, rows: int) -> None:
+    hidden, table = draws(rows, 24).requires_grad_(), draws(vocabulary, 24, seed=1).requires_grad_()
+    bias, shares = draws(vocabulary, seed=2).requires_grad_(), draws(rows, seed=3).softmax(0)
+    leaves = [hidden, table, bias]
+    both(lambda: 3 * ops.log_partition(*leaves, shares), leaves, None, torch.float32)
+    exact = shares.double() @ (hidden @ table.T + bias).double().logsumexp(1)
+    assert float(ops.log_partition(*leaves, shares).detach()) == pytest.approx(float(exact), 1e-5)
+
+
 # Phase 1's loss
 
 

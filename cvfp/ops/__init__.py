@@ -18,31 +18,12 @@ from torch import Tensor
 from cvfp.errors import ParameterError
 from cvfp.ops import fused, graph, placement, plain
 from cvfp.ops.adam import Adam
-from cvfp.ops.placement import prefetch
-from cvfp.ops.precision import WORTH, autocast, bfloat16_gain, full_precision, processor
-
-__all__ = [
-    "WORTH",
-    "autocast",
-    "batches_at_once",
-    "bfloat16_gain",
-    "change_and_spread",
-    "context_rows",
-    "full_precision",
-    "gaussian_",
-    "group_slices",
-    "log_partition",
-    "next_token_nats",
-    "optimiser",
-    "prefetch",
-    "processor",
-    "recorded",
-    "residual_norm",
-    "rows_at_once",
-    "score_next_tokens",
-    "side_by_side",
-    "using",
-]
+from cvfp.ops.placement import prefetch as prefetch
+from cvfp.ops.precision import WORTH as WORTH
+from cvfp.ops.precision import autocast as autocast
+from cvfp.ops.precision import bfloat16_gain as bfloat16_gain
+from cvfp.ops.precision import full_precision as full_precision
+from cvfp.ops.precision import processor as processor
 
 MODES = ("auto", "plain")
 _mode: ContextVar[str] = ContextVar("ops", default="auto")
