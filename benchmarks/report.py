@@ -270,7 +270,7 @@ in all. The host then holds the tokens alone. Where the device has no room for t
 kept in pinned host memory, and where that has none in a file mapped into memory, whose pages the
 system takes back as it needs them: 16 GB of host memory suffice (`CVFP_CONTEXTS=host` or `disk`
 forces either). Batches are read ahead by a thread. A Phase 1 of more than 8 GB is not kept in the
-store. Ten million tokens were not run: three were, above."""
+store. Ten million tokens were not run."""
 
 
 if __name__ == "__main__":

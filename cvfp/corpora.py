@@ -287,6 +287,25 @@ def _first(rows: list[str | None], count: int | None = None) -> Texts:
     return Texts(texts, skipped)
 
 
+def _by_format(row: Row, corpus_format: CorpusFormat, number: int) -> str | None:
+    """The row's text by an own format.
+
+    Raises:
+        ParameterError: the format failed, or returned something else than text or None.
+    """
+    name = getattr(corpus_format, "__name__", str(corpus_format))
+    accepted = f"a function from a row to text or None (row {number}: "
+    try:
+        text = corpus_format(row)
+    except Exception as error:
+        accepted += f"{type(error).__name__}: {error})"
+        raise ParameterError("corpus_format", name, accepted) from error
+    if text is not None and not isinstance(text, str):
+        accepted += f"{type(text).__name__})"
+        raise ParameterError("corpus_format", name, accepted)
+    return text
+
+
 def _texts(
     rows: Iterable[Row],
     dataset: str,
@@ -303,15 +322,14 @@ def _texts(
     columns: dict[str, None] = {}
     why = ""
     for read, row in enumerate(rows, start=1):
-        text = _conversation(row, column) if corpus_format is None else corpus_format(row)
-        if text is not None and not isinstance(text, str):
-            accepted = f"a function from a row to text or None (row {read}: {type(text).__name__})"
-            raise ParameterError("corpus_format", corpus_format, accepted)
+        own = corpus_format
+        text = _conversation(row, column) if own is None else _by_format(row, own, read)
         if not text or not text.strip():
             text = None
             skipped += 1
             columns |= dict.fromkeys(map(printable, map(str, row if isinstance(row, dict) else ())))
-            why = why or f"row {read}: {_reason(row, column)}"
+            reason = _reason(row, column) if corpus_format is None else "the format gave none"
+            why = why or f"row {read}: {reason}"
         elif (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
             accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
             raise ParameterError("dataset", dataset, accepted)
@@ -327,9 +345,13 @@ def _texts(
         return
     accepted = f"text in at least nine of ten rows ({skipped} of {read} have none; {why})"
     if corpus_format is not None:
-        raise ParameterError("corpus_format", corpus_format, accepted)
+        name = getattr(corpus_format, "__name__", str(corpus_format))
+        raise ParameterError("corpus_format", name, accepted)
     if skipped == read and columns:
-        accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why})"
+        accepted = (
+            f"one of {', '.join(columns)} that holds text or lists of messages ({why}), or a "
+        )
+        accepted += "corpus_format of your own"
         raise ParameterError("column", column, accepted)
     raise ParameterError("dataset", dataset, accepted)
 

@@ -95,7 +95,7 @@ def train(
             change[part] = (new.detach() - old).square().mean(dim=1)
             returned = objective(*grouped, batch)
             if iteration == 2:
-                registry.check_objective(experiment.objective, returned, len(grouped[0]))
+                registry.check_objective(experiment.objective, returned, grouped[0])
             losses, figures = returned  # [K], {name: [K]}
             (losses.sum() / groups).backward()  # pass by pass, or all graphs would be there at once
             for name, values in {"loss": losses, **figures}.items():

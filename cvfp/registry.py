@@ -22,7 +22,7 @@ from cvfp import cache
 from cvfp.errors import ParameterError, shortened
 
 Part = TypeVar("Part", bound=Callable[..., Any])
-HISTORY = ("iteration", "loss", "change", "converged")
+HISTORY = ("iteration", "loss", "change", "converged", "change_p10", "change_p50", "change_p90")
 RECEIVED: dict[tuple[str, str], str | None] = {}
 
 
@@ -45,6 +45,8 @@ def is_built_in(part: object) -> bool:
 
 def _registering(kind: str, name: str) -> Callable[[Part], Part]:
     def register(part: Part) -> Part:
+        if not name or ":" in name or not callable(part):
+            raise ParameterError(kind, name, "a name without ':', for a function or a class")
         if is_built_in(PARTS[kind].get(name)):
             raise ParameterError(kind, name, "a name that no built-in part has")
         PARTS[kind][name] = part
@@ -232,16 +234,21 @@ def build_objective(
     return module.to(table.device), list(module.parameters())
 
 
-def check_objective(name: str, returned: Any, groups: int) -> None:
-    """Refuse an objective by name for what it returned.
+def check_objective(name: str, returned: Any, new: Tensor) -> None:
+    """Refuse an objective by name for what it returned for the contexts `new` [K, G, D].
 
     Raises:
-        ValueError: no pair of losses and figures, another shape than [groups], a value that is not
-            finite, or no gradient.
+        ValueError: no pair of losses and figures, another shape than [K], a value that is not
+            finite, or no gradient that reaches `new`.
     """
+    groups = len(new)
 
     def fits(one: object) -> bool:
         return isinstance(one, Tensor) and one.shape == (groups,)
+
+    def reached(losses: Tensor) -> bool:
+        (gradient,) = torch.autograd.grad(losses.sum(), new, retain_graph=True, allow_unused=True)
+        return gradient is not None
 
     pair = isinstance(returned, tuple) and len(returned) == 2
     losses, figures = returned if pair else (returned, None)
@@ -254,8 +261,12 @@ def check_objective(name: str, returned: Any, groups: int) -> None:
         got = "a loss that is not finite"
     elif not losses.requires_grad:
         got = "losses without a gradient"
+    elif not reached(losses):
+        got = "losses without a gradient that reaches the new contexts"
     elif not isinstance(figures, Mapping) or not all(map(fits, figures.values())):
         got = "figures that are not a dict of one number a group"
+    elif not all(one.isfinite().all() for one in figures.values()):
+        got = f"a figure that is not finite, of {list(figures)}"
     elif set(figures) & set(HISTORY) or not all(isinstance(key, str) for key in figures):
         got = f"figures named {list(figures)}, where {', '.join(HISTORY)} are Phase 1's own"
     accepted = f"finite losses [{groups}] with a gradient, and a dict of figures [{groups}]"
@@ -277,18 +288,32 @@ def check_block(name: str, block: Any, width: int, input_dim: int) -> None:
         got = f"context_dim {context_dim}"
     elif not isinstance(widths, (list, tuple)) or not widths or widths[-1] != width:
         got = f"widths {widths}"
+    elif not list(block.parameters()):
+        got = "no parameters"
+    elif not torch.equal(*(_initialised(block, seed) for seed in (1, 2))):
+        got = "weights that initialise(generator) does not draw from its generator, or not at all"
     else:
-        initialise(torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            outputs = block(torch.zeros(2, width), torch.zeros(2, input_dim))
+        outputs = block(torch.zeros(2, width), torch.zeros(2, input_dim))
         shapes = [tuple(getattr(one, "shape", ())) for one in outputs]
         if shapes != [(2, one) for one in widths]:
             got = f"outputs of shape {shapes}"
         elif not all(one.isfinite().all() for one in outputs):
             got = "outputs that are not finite"
+        elif not outputs[-1].requires_grad:
+            got = "outputs without a gradient"
     accepted = f"an nn.Module with initialise, context_dim {width}, widths that end in {width}"
     accepted += ", and forward(c, e) -> [outputs of widths], the last the new context"
     _refuse("block", name, got, accepted)
+
+
+def _initialised(block: Any, seed: int) -> Tensor:
+    """A block's weights after `initialise`, with torch's own generator at `seed`."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in block.parameters():
+            parameter.fill_(float("nan"))  # what is not drawn stays so, and NaN equals nothing
+        block.initialise(torch.Generator().manual_seed(0))
+        return torch.cat([parameter.detach().flatten() for parameter in block.parameters()])
 
 
 def check_contexts(name: str, contexts: Any, shape: tuple[int, int]) -> Tensor:
@@ -297,9 +322,12 @@ def check_contexts(name: str, contexts: Any, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: another shape, or a value that is not finite.
     """
-    got = f"{type(contexts).__name__} of shape {tuple(getattr(contexts, 'shape', ()))}"
-    fits = isinstance(contexts, Tensor) and contexts.shape == shape and contexts.isfinite().all()
-    _refuse("contexts", name, "" if fits else got, f"finite contexts {shape}")
+    got = ""
+    if not isinstance(contexts, Tensor) or contexts.shape != shape:
+        got = f"{type(contexts).__name__} of shape {tuple(getattr(contexts, 'shape', ()))}"
+    elif not contexts.isfinite().all():
+        got = "contexts that are not finite"
+    _refuse("contexts", name, got, f"finite contexts {shape}")
     return contexts.detach()
 
 

@@ -545,6 +545,8 @@ def test_own_format_that_does_not_fit_is_named(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(*SAMPLES)
     with pytest.raises(ParameterError, match=r"^corpus_format: .*row 1: int"):
         read(path, corpus_format=len)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match=r"^corpus_format: got '<lambda>'.*row 1: KeyError"):
+        read(path, corpus_format=lambda row: row["nothing"])
     with pytest.raises(ParameterError, match=r"^corpus_format: .*nine of ten.*20 of 20"):
         read(path, corpus_format=lambda row: None)
 

@@ -142,8 +142,8 @@ def test_a_bad_block_is_refused_by_name_before_training(
 
 def test_a_block_that_is_not_finite_or_no_module_is_refused() -> None:
     class Nan(Copied):
-        def initialise(self, generator: torch.Generator) -> None:
-            nn.init.constant_(self.linears[0].weight, float("nan"))
+        def forward(self, c: torch.Tensor, e: torch.Tensor) -> list[torch.Tensor]:
+            return [one * float("nan") for one in super().forward(c, e)]
 
     table = torch.randn(30, 16)
     for part, words in ((Nan, "not finite"), (lambda *_: 3, "a int without initialise")):

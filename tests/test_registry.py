@@ -16,6 +16,7 @@ from conftest import tiny_experiment
 
 import cvfp
 from cvfp import registry, store
+from cvfp.model import ContextBlock
 
 SCALE = 2.0
 TABLE = torch.arange(3.0)
@@ -165,9 +166,60 @@ def test_lambdas_on_one_line_are_apart() -> None:
 
 
 def test_names_that_are_phase_1s_own_are_refused() -> None:
-    losses = torch.ones(1, requires_grad=True) * 2
-    with pytest.raises(ValueError, match="objective: got figures named"):
-        registry.check_objective("mine", (losses, {"loss": torch.zeros(1)}), 1)
+    new = torch.ones(1, 2, 3, requires_grad=True)
+    losses = new.mean(dim=(1, 2))
+    for name in ("loss", "change_p50"):
+        with pytest.raises(ValueError, match="objective: got figures named"):
+            registry.check_objective("mine", (losses, {name: torch.zeros(1)}), new)
+
+
+def test_a_loss_must_reach_the_contexts_and_figures_be_finite() -> None:
+    new, weight = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, requires_grad=True)
+    registry.check_objective("mine", (new.mean(dim=(1, 2)), {"x": torch.zeros(1)}), new)
+    with pytest.raises(ValueError, match="gradient that reaches the new contexts"):
+        registry.check_objective("mine", (2 * weight, {}), new)
+    nan = torch.full((1,), torch.nan)
+    with pytest.raises(ValueError, match="a figure that is not finite, of \\['x'\\]"):
+        registry.check_objective("mine", (new.mean(dim=(1, 2)), {"x": nan}), new)
+
+
+@pytest.mark.parametrize("name", ["", "a:b"])
+def test_names_that_could_not_be_told_are_refused(name: str) -> None:
+    with pytest.raises(cvfp.ParameterError, match="a name without ':'"):
+        cvfp.objective(name)(lambda new, old, batch: None)
+    with pytest.raises(cvfp.ParameterError, match="a name without ':'"):
+        cvfp.objective("mine")(3)  # type: ignore[type-var]
+
+
+class Undrawn(ContextBlock):
+    """Leaves its weights as torch draws them."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        pass
+
+
+class FromAnywhere(ContextBlock):
+    """Draws from torch's own generator."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
+        torch.nn.init.normal_(self.linears[0].weight)
+
+
+def test_a_block_draws_all_its_weights_from_its_generator() -> None:
+    registry.check_block("mine", ContextBlock(2, 6, 4, True), 6, 4)
+    for kind in (Undrawn, FromAnywhere):
+        with pytest.raises(ValueError, match="does not draw from its generator"):
+            registry.check_block("mine", kind(2, 6, 4, True), 6, 4)
+    still = torch.nn.Identity()
+    still.context_dim, still.widths, still.initialise = 6, [6], lambda generator: None
+    with pytest.raises(ValueError, match="block: got no parameters"):
+        registry.check_block("mine", still, 6, 4)
+
+
+def test_contexts_that_are_not_finite_are_called_so() -> None:
+    with pytest.raises(ValueError, match="contexts: got contexts that are not finite"):
+        registry.check_contexts("mine", torch.full((2, 3), torch.nan), (2, 3))
 
 
 def test_built_in_parts_add_nothing_and_their_names_are_refused() -> None:

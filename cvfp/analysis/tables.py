@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
+from cvfp import registry
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import intervals, prediction, published, scaling, stopping, style
 from cvfp.analysis.intervals import Crossed, Paired, paired
@@ -29,6 +30,11 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         return ", ".join(f"{value:,}" for value in sorted({of(result) for result in results}))
 
     every = {result.experiment.token_input_all_layers for result in results}
+    own = {
+        kind: name
+        for kind, parts in registry.PARTS.items()
+        if (name := getattr(one, kind)) and not registry.is_built_in(parts.get(name))
+    }
     contended = ", times taken under contention" if n_jobs > 1 else ""
     facts = {
         "corpus": one.dataset,
@@ -39,6 +45,7 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         "layers": values(lambda result: result.experiment.num_layers),
         "context size D": values(lambda result: result.experiment.context_dim),
         "input tokens n": values(lambda result: result.experiment.num_input_tokens),
+        **own,
         "design": ", ".join(DESIGNS[kind] for kind in sorted(every, reverse=True)),
         **{
             f"parameters, {part}": values(lambda result: result.parameters[part])  # noqa: B023
