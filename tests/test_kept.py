@@ -235,6 +235,7 @@ def test_eight_processes_train_one_experiment_once(
     assert calls() == {"fit_bigram": 1, "train": 1, "evaluate": 1}
 
 
+@pytest.mark.full
 def test_processes_share_what_their_experiments_have_in_common(
     tiny: Experiment, home: Path, calls: Callable[[], dict[str, int]]
 ) -> None:
@@ -389,7 +390,10 @@ def limited(size: int, work: Callable[[], Any]) -> Callable[[], Any]:
     return within
 
 
-@pytest.mark.parametrize("size", [0, 3_000, 30_000, 100_000])
+@pytest.mark.parametrize(
+    "size",
+    [30_000, *(pytest.param(size, marks=pytest.mark.full) for size in (0, 3_000, 100_000))],
+)
 def test_a_full_disk_keeps_a_run_from_nothing_but_the_store(
     size: int, tiny: Experiment, corpus_only: Path
 ) -> None:
