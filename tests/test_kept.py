@@ -227,7 +227,7 @@ def run_alone(experiment: Experiment) -> Result:
 
 
 def test_eight_processes_train_one_experiment_once(
-    tiny: Experiment, home: Path, calls: Callable[[], dict[str, int]]
+    tiny: Experiment, corpus_only: Path, calls: Callable[[], dict[str, int]]
 ) -> None:
     results = at_once([tiny] * 8)
     assert sum(not result.from_store for result in results) == 1
@@ -237,7 +237,7 @@ def test_eight_processes_train_one_experiment_once(
 
 @pytest.mark.full
 def test_processes_share_what_their_experiments_have_in_common(
-    tiny: Experiment, home: Path, calls: Callable[[], dict[str, int]]
+    tiny: Experiment, corpus_only: Path, calls: Callable[[], dict[str, int]]
 ) -> None:
     rates = [0.001 * number for number in range(1, 5)]
     results = at_once([tiny.replace(phase2_learning_rate=rate) for rate in rates])
