@@ -1,22 +1,32 @@
-"""State on disk: CVFP_HOME, content keys, files that are written whole or not at all."""
+"""State on disk: CVFP_HOME, content keys, files written whole and checked when they are read."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import hashlib
-import importlib.util
 import json
 import os
+import secrets
+import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 import torch
+import xxhash
+from filelock import BaseFileLock, FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+Value = TypeVar("Value")
+Tensors = dict[str, torch.Tensor]
+_alive: dict[tuple[Path, int], BaseFileLock] = {}
 
 
 def home() -> Path:
@@ -46,19 +56,13 @@ def digest(*parts: object) -> str:
 def code_fingerprint(*modules: str) -> str:
     """Digest of the modules' code, packages whole; comments, docstrings and layout do not count."""
     sources = []
+    package = Path(__file__).parent
     for name in modules:
-        spec = importlib.util.find_spec(f"cvfp.{name}")
-        assert spec is not None
-        assert spec.origin is not None
-        path = Path(spec.origin)
-        files = sorted(path.parent.glob("*.py")) if path.stem == "__init__" else [path]
+        files = sorted((package / name).glob("*.py")) or [package / f"{name}.py"]
         sources += [file.read_text(encoding="utf-8") for file in files]
     # Parsing takes half a second: its result is cached under the digest of the text.
-    path = home() / "code" / digest(sources, list(sys.version_info))
-    if not path.exists():
-        with whole(path) as temporary:
-            temporary.write_text(digest([normalised(source) for source in sources]))
-    return path.read_text()
+    key = digest(sources, list(sys.version_info))
+    return text("code", key, lambda: digest([normalised(source) for source in sources]))
 
 
 def normalised(source: str) -> str:
@@ -75,27 +79,131 @@ def normalised(source: str) -> str:
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` if the block does not raise: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
+    # A folder, for safetensors has a temporary file of its own beside what it writes.
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix()))
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield folder / path.name
+        os.replace(folder / path.name, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def tensors(
-    kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """The tensors cached as `kind` and `key`; `make` computes them the first time."""
-    return load_file(tensor_file(kind, key, make))
+def keep(path: Path, write: Callable[[Path], object]) -> bool:
+    """Keep what `write` writes to the path it is given; False, and a warning, where that fails."""
+    try:
+        with whole(checksum_file(path)) as digits, whole(path) as temporary:
+            write(temporary)
+            digits.write_bytes(checksum(temporary, path))
+            checksum_file(path).unlink(missing_ok=True)  # none beside another content
+    except (OSError, SafetensorError):
+        _tell(home(), "with space that can be written; what this process makes is not all kept")
+        return False
+    return True
 
 
-def tensor_file(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> Path:
-    """The safetensors file of the same."""
-    path = home() / kind / f"{key}.safetensors"
-    if not path.exists():
-        contents = {name: tensor.contiguous() for name, tensor in make().items()}
-        with whole(path) as temporary:
-            save_file(contents, temporary)
-    return path
+def sound(path: Path) -> bool:
+    """Whether a file is there as it was kept; a damaged one is set aside with a warning."""
+    with suppress(OSError):  # it is not there, or the home cannot be written
+        wanted = checksum_file(path).read_bytes()
+        found = checksum(path, path)
+        if found in (wanted, checksum_file(path).read_bytes()):  # replaced meanwhile
+            return True
+        warnings.warn(f"{path}: damaged; set aside as *.damaged, and made again", stacklevel=2)
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+    return False
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the checksum of `kind/name` is; a file without one counts as not there."""
+    return path.parents[1] / "checksums" / path.parent.name / path.name
+
+
+def checksum(file: Path, path: Path) -> bytes:
+    """Of a file and of the path it is kept as: another key's file does not match."""
+    name = f"{path.parent.name}/{path.name}".encode()
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: xxhash.xxh3_128(name)).digest()
+
+
+def obtain(
+    path: Path,
+    make: Callable[[], Value],
+    write: Callable[[Path, Value], object],
+    read: Callable[[Path], Value],
+) -> Value:
+    """What is kept as `path`; made and kept first by one of the processes that want it."""
+    if not sound(path):
+        with alone(path):
+            if not sound(path):
+                made = make()
+                keep(path, lambda temporary: write(temporary, made))
+                return made
+    return read(path)
+
+
+def tensors(kind: str, key: str, make: Callable[[], Tensors]) -> Tensors:
+    """The tensors kept as `kind` and `key`; `make` computes them the first time."""
+    return obtain(home() / kind / f"{key}.safetensors", make, save, load_file)
+
+
+def save(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata)
+
+
+def text(kind: str, name: str, make: Callable[[], str]) -> str:
+    """The same for a text."""
+    path = home() / kind / name
+    return obtain(path, lambda: make().encode(), Path.write_bytes, Path.read_bytes).decode()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time is in here for a file; one that dies lets the next in."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(_lock(f"{path.parent.name}-{path.name}"))
+        except OSError:
+            if os.access(home() / "locks", os.W_OK):  # else there is a warning already
+                _tell(home(), "with file locks; processes do not wait for each other now")
+        yield
+
+
+def temporary_prefix() -> str:
+    """Of this process's temporary files; the lock of that name tells others that it lives."""
+    mine = _alive.setdefault((home(), os.getpid()), _lock(f".cvfp-{secrets.token_hex(8)}"))
+    with suppress(OSError):
+        mine.acquire()
+    return Path(mine.lock_file).name
+
+
+def check_home() -> None:
+    """Warn now if the home cannot be written, and delete what dead processes left in it."""
+    keep(home() / "code" / "probe", lambda path: path.write_bytes(bytes(2**16)))
+    # In phase1 an earlier version's, too; the locks last, since they tell who lives.
+    for pattern in ("[!l]*/.cvfp-*", "checksums/*/.cvfp-*", "phase1/.[!c]*", "locks/.*"):
+        for path in home().glob(pattern):
+            with suppress(OSError), _lock(path.name[: len(temporary_prefix())], 0):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def reserve(file: Path | str, size: int) -> None:
+    """Take a file's space on the disk before it is mapped; OSError: it is full. Writing to a mapped
+    file would then kill the process."""
+    with open(file, "r+b") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        opened.truncate(size)
+
+
+def _lock(name: str, timeout: float = -1) -> BaseFileLock:
+    with suppress(OSError):
+        (home() / "locks").mkdir(parents=True, exist_ok=True)
+    path = home() / "locks" / name
+    return FileLock(path, timeout, thread_local=False, fallback_to_soft=False)
+
+
+@functools.cache
+def _tell(folder: Path, accepted: str) -> None:
+    """Warn, once a process."""
+    warnings.warn(f"CVFP_HOME: got {str(folder)!r}; accepted: a folder {accepted}", stacklevel=4)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cvfp import cache, ops, seeds
@@ -128,7 +127,7 @@ def _bigram(
     def fit() -> dict[str, Tensor]:
         return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))
 
-    return _cached_table(cache.tensor_file("tables", key, fit))
+    return _table(_Fitted(cache.home(), key, fit))
 
 
 def _ppmi(experiment: Experiment, data: Data) -> Table:
@@ -141,7 +140,7 @@ def _ppmi(experiment: Experiment, data: Data) -> Table:
     def fit() -> dict[str, Tensor]:
         return {"table": fit_ppmi(data.fitting, data.vocab_size, dim)}
 
-    return _cached_table(cache.tensor_file("tables", _fitted_key(experiment, data), fit))
+    return _table(_Fitted(cache.home(), _fitted_key(experiment, data), fit))
 
 
 def _fitted_key(experiment: Experiment, data: Data) -> str:
@@ -150,9 +149,16 @@ def _fitted_key(experiment: Experiment, data: Data) -> str:
     return cache.digest(code, *how, data.fitting.tokens, data.fitting.starts)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    home: Path
+    key: str
+    fit: Callable[[], dict[str, Tensor]] = field(compare=False)
+
+
 @functools.lru_cache(maxsize=2)  # a table is large, and hashing it takes longer than loading
-def _cached_table(path: Path) -> Table:
-    tensors = load_file(path)
+def _table(fitted: _Fitted) -> Table:
+    tensors = cache.tensors("tables", fitted.key, fitted.fit)
     weight = tensors["table"]
     return Table(weight, BigramLM(**tensors) if len(tensors) > 1 else None)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import platform
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,13 +60,14 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
         ParameterError: a field that does not fit the machine or the data, before any training.
         FloatingPointError: training diverged, or the exact contexts did not converge.
     """
+    cache.check_home()
     experiment = experiment.resolved()
     placement.asked_place()  # raises now, not after a table has been fitted
-    with ops.using(experiment.ops):
-        return _run(experiment, reuse)
+    with ops.using(experiment.ops), ExitStack() as held:
+        return _run(experiment, reuse, held)
 
 
-def _run(experiment: Experiment, reuse: bool) -> Result:
+def _run(experiment: Experiment, reuse: bool, held: ExitStack) -> Result:
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
     fingerprints = data.fingerprint, table.fingerprint
@@ -78,6 +81,8 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
             "taken from the store nor stored",
             stacklevel=3,
         )
+    if reuse and stored:  # other processes with the same Experiment wait for this one's result
+        held.enter_context(cache.alone(cache.home() / "runs" / key))
     record = store.read_run(key) if reuse and stored else None
     if record is not None:
         # The fields that are no part of the key (a path, say) are the caller's.
@@ -88,7 +93,7 @@ def _run(experiment: Experiment, reuse: bool) -> Result:
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
     phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
     with Background(experiment.device) as background:
-        training = _Training(experiment, data, phase1_key, watch, reuse, background)
+        training = _Training(experiment, data, phase1_key, watch, reuse, background, held)
         if isinstance(model, Peer) or experiment.contexts == "end_to_end":
             second, measured = training.unrolled(model)
         else:
@@ -153,6 +158,7 @@ class _Training:
     watch: Watch
     reuse: bool
     background: Background
+    held: ExitStack
 
     def __post_init__(self) -> None:
         device = self.experiment.device
@@ -220,8 +226,12 @@ class _Training:
     def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
         """Phase 1 from the store, or trained and then stored in the background; and which."""
         experiment, key = self.experiment, self.phase1_key
+        held = self.held.enter_context(ExitStack())
+        if self.reuse and key:  # and those with the same Phase 1 for that
+            held.enter_context(cache.alone(cache.home() / "phase1" / key))
         stored = store.read_phase1(key) if self.reuse and key else None
         if stored is not None:
+            held.close()
             weights, mapped, record = stored
             total, width = mapped.shape
             rows = placement.rows(total, width, mapped.dtype, torch.device(experiment.device))
@@ -257,6 +267,7 @@ class _Training:
             plain = {f.name: getattr(first, f.name) for f in fields(first) if f.name != "contexts"}
             record = {"phase1": plain, "seconds": self.watch.seconds["phase1"]}
             self.background.submit(store.write_phase1, key, weights, first.contexts, record)
+            self.background.submit(held.close)
         return first, False
 
     def measure_contexts(
@@ -343,11 +354,11 @@ def _baselines(data: Data, table: embeddings.Table) -> dict[str, float | None]:
     weights = [] if model is None else [model.table, model.weight, model.bias]
     code = cache.code_fingerprint("baselines", "embeddings")
     key = cache.digest(data.fingerprint, *weights, code)
-    nats = store.read_baselines(key)
-    if nats is None:
-        nats = baselines.evaluate(data, model)
-        store.write_baselines(key, nats)
-    return nats
+
+    def measure() -> str:
+        return json.dumps(baselines.evaluate(data, model), allow_nan=False)
+
+    return json.loads(cache.text("baselines", f"{key}.json", measure))
 
 
 def _of_phase2(second: phase2.Phase2, data: Data) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvfp import cache, registry
@@ -70,57 +70,45 @@ def key(experiment: Experiment, data: str, table: str, *, phase1: bool = False) 
 def read_run(key: str) -> dict[str, Any] | None:
     """A finished run's record, or None."""
     path = cache.home() / "runs" / f"{key}.json"
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    return json.loads(path.read_text(encoding="utf-8")) if cache.sound(path) else None
 
 
 def write_run(key: str, record: dict[str, Any]) -> None:
-    with cache.whole(cache.home() / "runs" / f"{key}.json") as path:
+    def write(path: Path) -> None:
         path.write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
 
-
-def read_baselines(key: str) -> dict[str, float | None] | None:
-    """Stored nats per token of the baselines, or None."""
-    path = cache.home() / "baselines" / f"{key}.json"
-    if not path.exists():
-        return None
-    lines: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))
-    return lines
-
-
-def write_baselines(key: str, lines: dict[str, float | None]) -> None:
-    with cache.whole(cache.home() / "baselines" / f"{key}.json") as path:
-        path.write_text(json.dumps(lines, allow_nan=False), encoding="utf-8")
+    cache.keep(cache.home() / "runs" / f"{key}.json", write)
 
 
 def read_model(key: str) -> dict[str, Tensor] | None:
     """The stored weights of a run, or None."""
     path = cache.home() / "models" / f"{key}.safetensors"
-    return load_file(path) if path.exists() else None
+    return load_file(path) if cache.sound(path) else None
 
 
 def write_model(key: str, weights: dict[str, Tensor]) -> bool:
     """Keep the weights if they are small (at most 50 MB); says whether it did."""
     if sum(tensor.nbytes for tensor in weights.values()) > MODEL_BYTES:
         return False
-    _save(cache.home() / "models" / f"{key}.safetensors", weights, {})
-    return True
+    path = cache.home() / "models" / f"{key}.safetensors"
+    return cache.keep(path, lambda temporary: cache.save(temporary, weights))
 
 
 def read_phase1(key: str) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]] | None:
     """A kept Phase 1: its weights, its contexts mapped from their file, its record; or None."""
     path, rows = _phase1_paths(key)
-    if not (path.exists() and rows.exists()):
+    if not all([cache.sound(path), cache.sound(rows)]):
         return None
-    with safe_open(path, "pt") as file:
-        record: dict[str, Any] = json.loads(file.metadata()["record"])
-    for one in (path, rows):
-        os.utime(one)  # used now
-    # Copy on write: what is done to the tensor is not done to the file.
-    bits = torch.from_numpy(np.load(rows, mmap_mode="c"))
-    return load_file(path), bits.view(getattr(torch, record["contexts_dtype"])), record
+    with contextlib.suppress(OSError):  # a home that cannot be written
+        for one in (path, rows):
+            os.utime(one)  # used now
+    with contextlib.suppress(FileNotFoundError):  # another process has just made room
+        with safe_open(path, "pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()["record"])
+        # Copy on write: what is done to the tensor is not done to the file.
+        bits = torch.from_numpy(np.load(rows, mmap_mode="c"))
+        return load_file(path), bits.view(getattr(torch, record["contexts_dtype"])), record
+    return None
 
 
 def write_phase1(
@@ -134,22 +122,26 @@ def write_phase1(
     if contexts.nbytes + sum(tensor.nbytes for tensor in weights.values()) > PHASE1_BYTES:
         return
     path, rows = _phase1_paths(key)
-    with cache.whole(rows) as temporary:
+
+    def write(temporary: Path) -> None:
         dtype = BITS[contexts.dtype.itemsize]
         # Not flushed to the disk, which would hold the interpreter's lock: the system does it.
         mapped = np.lib.format.open_memmap(temporary, "w+", dtype, tuple(contexts.shape))
+        cache.reserve(temporary, temporary.stat().st_size)
         _copy(contexts.view(torch.from_numpy(mapped).dtype), torch.from_numpy(mapped))
-        del mapped
-    name = str(contexts.dtype).removeprefix("torch.")
-    record = {**record, "contexts_dtype": name}
-    _save(path, weights, {"record": json.dumps(record, allow_nan=False)})
+
+    record = {**record, "contexts_dtype": str(contexts.dtype).removeprefix("torch.")}
+    metadata = {"record": json.dumps(record, allow_nan=False)}
+    saved = cache.keep(path, lambda temporary: cache.save(temporary, weights, metadata))
+    if saved and not cache.keep(rows, write):
+        path.unlink(missing_ok=True)
     kept = []
-    for stem in {other.stem for other in path.parent.glob("[!.]*")}:  # halves, too
-        pair = _phase1_paths(stem)
+    for key in {other.name.partition(".")[0] for other in path.parent.glob("[!.]*")}:
+        files = sorted(path.parent.glob(f"{key}.*"))  # halves and damaged ones, too
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            status = [one.stat() for one in pair if one.exists()]
-            used = max((one.st_mtime for one in status), default=0.0)
-            kept.append((used, sum(one.st_size for one in status), pair))
+            status = [one.stat() for one in files]
+            used = max(one.st_mtime for one in status)
+            kept.append((used, sum(one.st_size for one in status), files))
     total = sum(size for _, size, _ in kept)
     for _, size, oldest in sorted(kept):
         if total <= PHASE1_BYTES:
@@ -180,9 +172,3 @@ def _copy(source: Tensor, target: Tensor) -> None:
             staged[: len(part)].copy_(part, non_blocking=True)
             side.synchronize()
         there.copy_(staged[: len(part)])
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with cache.whole(path) as temporary:
-        save_file(plain, temporary, metadata=metadata)

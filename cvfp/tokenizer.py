@@ -139,8 +139,8 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         ParameterError: the texts hold too few pairs for `vocab_size` entries.
     """
     key = cache.digest(_code(), vocab_size, texts)
-    path = cache.home() / "tokenizers" / f"{key}.json"
-    if not path.exists():
+
+    def fit() -> str:
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
@@ -153,21 +153,17 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         if backend.get_vocab_size() < vocab_size:
             accepted = f"at most {backend.get_vocab_size()} with these fitting samples"
             raise ParameterError("vocab_size", vocab_size, accepted)
-        with cache.whole(path) as temporary:
-            backend.save(str(temporary))
-    return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+        return backend.to_str()
+
+    return Tokenizer.from_json(cache.text("tokenizers", f"{key}.json", fit))
 
 
 def _from_folder(path: Path) -> Tokenizer:
     """A folder's tokeniser, cached in the format of `tokenizers`: importing transformers takes
     longer than everything else before training."""
     key = cache.digest(hub.signature(path), _code())
-    cached = cache.home() / "tokenizers" / f"{key}.json"
-    if not cached.exists():
-        tokenizer = _pretrained(str(path))
-        with cache.whole(cached) as temporary:
-            tokenizer.backend.save(str(temporary))
-    return Tokenizer.from_json(cached.read_text(encoding="utf-8"))
+    text = cache.text("tokenizers", f"{key}.json", lambda: _pretrained(str(path)).backend.to_str())
+    return Tokenizer.from_json(text)
 
 
 def _pretrained(name: str) -> Tokenizer:

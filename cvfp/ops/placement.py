@@ -45,7 +45,7 @@ def rows(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Te
     """An empty tensor [total, width], on the device, in pinned host memory, or mapped from a file.
 
     Raises:
-        ParameterError: `CVFP_CONTEXTS` names no place.
+        ParameterError: `CVFP_CONTEXTS` names no place; the disk of `CVFP_HOME` is full.
     """
     size = total * width * dtype.itemsize
     where = place(size, device)
@@ -54,11 +54,14 @@ def rows(total: int, width: int, dtype: torch.dtype, device: torch.device) -> Te
     if where == "host":
         return torch.empty(total, width, dtype=dtype, pin_memory=device.type == "cuda")
     folder = cache.home() / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    # The file has no name from the start: gone with the tensor, however the process ends.
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.truncate(size)
-        flat = torch.from_file(file.name, shared=True, size=total * width, dtype=dtype)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The file has no name from the start: gone with the tensor, however the process ends.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=cache.temporary_prefix()) as file:
+            cache.reserve(file.name, size)
+            flat = torch.from_file(file.name, shared=True, size=total * width, dtype=dtype)
+    except OSError as error:
+        raise ParameterError("CVFP_HOME", str(folder), f"{size:,} bytes free there") from error
     return flat.view(total, width)
 
 
