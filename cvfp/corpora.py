@@ -239,6 +239,8 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
     key += "-" + cache.digest(*where, hub.signature(path, "**/*") if path is not None else None)
 
     for file in sorted((cache.home() / "corpora").glob(f"{key}-*.parquet"), key=_asked):
+        if not cache.sound(file):
+            continue
         texts = _first(_cached(file.stem), count)
         # Fewer than were asked for when it was written: the split ends there.
         if len(texts.texts) == count or len(texts.texts) < _asked(file):
@@ -264,13 +266,15 @@ def _asked(file: Path) -> int:
 
 def _cached(key: str, make: Callable[[], Iterable[str | None]] = tuple) -> list[str | None]:
     """The texts under `key`, a row without text as None; `make` is called where they are not."""
+
+    def write(path: Path, texts: list[str | None]) -> None:
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+
+    def read(path: Path) -> list[str | None]:
+        return pq.ParquetFile(path).read(["text"]).column(0).to_pylist()
+
     path = cache.home() / "corpora" / f"{key}.parquet"
-    if not path.exists():
-        table = pa.table({"text": pa.array(list(make()), pa.string())})
-        with cache.whole(path) as temporary:
-            pq.write_table(table, temporary)
-    texts: list[str | None] = pq.ParquetFile(path).read(["text"]).column(0).to_pylist()
-    return texts
+    return cache.obtain(path, lambda: list(make()), write, read)
 
 
 def _first(rows: list[str | None], count: int | None = None) -> Texts:

@@ -80,17 +80,18 @@ def bfloat16_gain(device: str) -> float:
     Experiment stays the same run.
     """
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    path = cache.home() / "products" / f"{cache.digest(device, name, torch.__version__)}.json"
-    if not path.exists():
+
+    def measure() -> str:
         types = torch.float32, torch.bfloat16
         taken: dict[torch.dtype, list[float]] = {dtype: [] for dtype in types}
         for _ in range(9):  # in turn, so that a slow moment of the machine falls on both
             for dtype in types:
                 taken[dtype].append(_seconds(device, dtype))
         gain = min(taken[torch.float32][2:]) / min(taken[torch.bfloat16][2:])
-        with cache.whole(path) as temporary:
-            temporary.write_text(json.dumps({"processor": name, "gain": gain}), encoding="utf-8")
-    return float(json.loads(path.read_text(encoding="utf-8"))["gain"])
+        return json.dumps({"processor": name, "gain": gain})
+
+    file = f"{cache.digest(device, name, torch.__version__)}.json"
+    return float(json.loads(cache.text("products", file, measure))["gain"])
 
 
 @torch.no_grad()
