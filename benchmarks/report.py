@@ -259,7 +259,17 @@ def main(target: str, *files: str) -> None:
     Path(target).write_text(text + "\n", encoding="utf-8")
 
 
-NOTES = """## Ten million tokens
+NOTES = """## A CPU without matrix units
+
+None was at hand alone. Two cores of the Xeon above, held down to AVX2 by
+`ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2`, on a machine shared
+with others, 2026-11-26: one pair of runs of `mini` with 100 conversations in float32, data and table
+cached, took 45.5 s with commit `d5323bc` and 40.1 s with the kit (Phase 1 17.6 and 13.3 s, Phase 2
+26.4 and 25.8 s), a ratio of 1.14. An EPYC with AVX2 alone had taken 33.6 and 37.1 s with the code
+before, 0.91. `python -m benchmarks.speed FILE --parts "" --against CHECKOUT` under these settings
+makes the pair again.
+
+## Ten million tokens
 
 Contexts are the only thing that grows with the stream and the width: in bfloat16 10 M tokens at
 D = 768 are 10^7 x 768 x 2 bytes = 15.4 GB. Phase 1 replaces them in place, so there is one copy. A
