@@ -266,7 +266,7 @@ None was at hand alone. Two cores of a Xeon, held down to AVX2 by
 shared with others, 2026-11-26: one pair of runs of `mini` with 100 conversations in float32, data
 and table cached, took 45.5 s with commit `d5323bc` and 40.1 s with the kit (Phase 1 17.6 and
 13.3 s, Phase 2 26.4 and 25.8 s), a ratio of 1.14. An EPYC with AVX2 alone had taken 33.6 and 37.1 s
-with the code before, 0.91. In each checkout, under these settings, twice (the first fits the table):
+with the code before, 0.91. In each checkout, under these settings, twice (the first fits a table):
 `cvfp.run(cvfp.Experiment.preset("mini", samples=100, precision="float32"), reuse=False)`.
 
 ## Ten million tokens
