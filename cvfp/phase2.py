@@ -124,8 +124,8 @@ def train(
     size = min(experiment.phase2_batch_size, train.total)
 
     def batches() -> Iterator[tuple[Tensor, ...]]:
-        shuffled = torch.randperm(train.total, generator=generator)
-        order = shuffled if experiment.phase2_shuffle else torch.arange(train.total)
+        total, shuffle = train.total, experiment.phase2_shuffle
+        order = torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
         # The ContextBlock is frozen: it takes several batches at once.
         several = order.to(device).split(
             size * ops.batches_at_once(size, model.context_widths, device)
