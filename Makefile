@@ -17,11 +17,12 @@ NBVAL := $(PYTEST) --no-loadscope-reorder --nbval-lax
 # A stage: its name, its command. Says how long it took; one that fails ends the rest.
 stage = @echo "== $(1)"; TIMEFORMAT="== $(1): %1lR"; time $(2)
 
-.PHONY: help install scaling claims test test-full lint notebooks lab clean
+.PHONY: help install scaling claims reliability test test-full lint notebooks lab clean
 
 help:
 	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
 	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
+	@echo "make reliability  inject faults, and write what came of it into reports/"
 	@echo "make test       lint, types, tests, notebooks; without what takes long (WORKERS=2)"
 	@echo "make test-full  the tests and notebooks that make test leaves out"
 	@echo "make notebooks  execute notebooks/ anew at their defaults"
@@ -45,8 +46,13 @@ scaling: install
 claims: install
 	$(BIN)/python -m cvfp.analysis.ledger reports/claims.md
 
+FAULTS := $(addprefix tests/test_,kept.py checkpoint.py hostile.py)
+
 # Tensors here are too small for a second thread: a worker a core, one thread a worker.
-lint test test-full: export OMP_NUM_THREADS := 1
+lint test test-full reliability: export OMP_NUM_THREADS := 1
+
+reliability: install
+	$(PYTEST) -q $(FAULTS) --reliability reports/reliability.md
 
 lint: install
 	$(call stage,format,$(BIN)/ruff format --check .)

@@ -5,33 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cvfp import notebook
-from cvfp.config import Experiment, ParameterError
-from cvfp.experiment import run
-from cvfp.generation import generate
-from cvfp.registry import block, context_source, corpus_format, objective
-from cvfp.result import Result, Results
-from cvfp.sweep import sweep
+from cvfp import notebook as notebook
+from cvfp.config import Experiment as Experiment
+from cvfp.config import ParameterError as ParameterError
+from cvfp.experiment import run as run
+from cvfp.generation import generate as generate
+from cvfp.registry import block as block
+from cvfp.registry import context_source as context_source
+from cvfp.registry import corpus_format as corpus_format
+from cvfp.registry import objective as objective
+from cvfp.result import Result as Result
+from cvfp.result import Results as Results
+from cvfp.sweep import sweep as sweep
 from cvfp.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from cvfp import analysis
-
-__all__ = [
-    "Experiment",
-    "ParameterError",
-    "Result",
-    "Results",
-    "analysis",
-    "block",
-    "context_source",
-    "corpus_format",
-    "generate",
-    "notebook",
-    "objective",
-    "run",
-    "sweep",
-]
+    from cvfp import analysis as analysis
 
 
 def __getattr__(name: str) -> Any:

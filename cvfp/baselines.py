@@ -51,8 +51,7 @@ def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
 def unigram_nats(streams: list[Tensor], target: Tensor, vocab_size: int) -> Floats:
     """Add-one-smoothed unigram: nats of tokens 1 … T-1 of `target`."""
     counts = np.bincount(torch.cat(streams).numpy(), minlength=vocab_size)
-    nats: Floats = -np.log((counts + 1) / (counts.sum() + vocab_size))
-    return nats[target.numpy()[1:]]
+    return -np.log((counts + 1) / (counts.sum() + vocab_size))[target.numpy()[1:]]
 
 
 def kneser_ney_nats(
@@ -82,8 +81,7 @@ def kneser_ney_nats(
         skipped = max(0, number - 2)  # tokens 1 … T-1 whose history is shorter than this order's
         wanted = _keys(tokens, vocab_size, number)[number == 1 :]
         probability[skipped:] = _interpolated(*level, wanted, vocab_size, probability[skipped:])
-    nats: Floats = -np.log(probability)
-    return nats
+    return -np.log(probability)
 
 
 def _keys(tokens: Ints, vocab_size: int, order: int) -> Ints:

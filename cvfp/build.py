@@ -49,16 +49,14 @@ def cvfp_size(experiment: Experiment, embedding_dim: int) -> int:
 def _blank(experiment: Experiment, table: Tensor, tokenizer: Tokenizer | None = None) -> CVFP:
     """A CVFP whose blocks are not initialised yet."""
     input_dim = experiment.num_input_tokens * table.shape[1]
-    part = registry.resolve("block", experiment.block)
+    part, width = registry.resolve("block", experiment.block), experiment.context_dim
     if not registry.is_built_in(part):
         with torch.device("cpu"):
-            registry.check_block(
-                experiment.block, part(experiment, input_dim), experiment.context_dim, input_dim
-            )
-    block = part(experiment, input_dim)
+            tried = part(experiment, input_dim)
+            registry.check_block(experiment.block, tried, width, input_dim)
     model = CVFP(
         table,
-        block,
+        part(experiment, input_dim),
         num_input_tokens=experiment.num_input_tokens,
         weight_tying=experiment.weight_tying,
         freeze_embedding=experiment.freeze_embedding,
@@ -74,11 +72,5 @@ def _blank(experiment: Experiment, table: Tensor, tokenizer: Tokenizer | None = 
 @registry.block("published")
 def published(experiment: Experiment, input_dim: int) -> ContextBlock:
     """The ContextBlock of the notes."""
-    return ContextBlock(
-        experiment.num_layers,
-        experiment.context_dim,
-        input_dim,
-        experiment.token_input_all_layers,
-        experiment.context_std,
-        experiment.input_std,
-    )
+    stds, every = (experiment.context_std, experiment.input_std), experiment.token_input_all_layers
+    return ContextBlock(experiment.num_layers, experiment.context_dim, input_dim, every, *stds)

@@ -113,6 +113,29 @@ def sound(path: Path) -> bool:
     return False
 
 
+def delete(path: Path) -> None:
+    for one in (path, checksum_file(path)):
+        one.unlink(missing_ok=True)
+
+
+def evict(folder: Path, most: int) -> None:
+    """Delete the least recently used keys of a folder until it holds at most so many bytes."""
+    kept = []
+    for key in {path.name.partition(".")[0] for path in folder.glob("[!.]*")}:
+        files = sorted(folder.glob(f"{key}.*"))  # halves and damaged ones, too
+        with suppress(FileNotFoundError):  # another process was quicker
+            status = [one.stat() for one in files]
+            used = max(one.st_mtime for one in status)
+            kept.append((used, sum(one.st_size for one in status), files))
+    total = sum(size for _, size, _ in kept)
+    for _, size, oldest in sorted(kept):
+        if total <= most:
+            break
+        total -= size
+        for one in oldest:
+            delete(one)
+
+
 def checksum_file(path: Path) -> Path:
     """Where the checksum of `kind/name` is; a file without one counts as not there."""
     return path.parents[1] / "checksums" / path.parent.name / path.name

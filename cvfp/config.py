@@ -29,13 +29,21 @@ LIMITS: dict[str, tuple[str, Any]] = {
     "high": ("at most", operator.le),
 }
 TYPES = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+# The most that numbers may be, far over anything real; others: 10^9, and 10^30 with a fraction.
+MOST = dict.fromkeys(("context_dim", "embedding_dim", "window_tokens"), 10**5)
+MOST |= dict(vocab_size=10**7, num_layers=1000, num_input_tokens=1000, seed=2**63 - 1)
 
 
-def _field(
-    stage: Stage, default: Any, description: str, *, later: bool = False, **limits: float
-) -> Any:
-    """Args: later: the field came after runs were stored; at its default it is no part of keys."""
-    metadata = dict(stage=stage, description=description, later=later, limits=limits)
+class UpTo(int):
+    """A size that nobody set, the same in keys and JSON: what the corpus has, at most this."""
+
+
+# Fields that came after runs were stored: at their defaults they are no part of keys.
+NEW = ("corpus_format", "block", "context_std", "input_std", "objective", "token_block_std", "ops")
+
+
+def _field(stage: Stage, default: Any, description: str, **limits: float) -> Any:
+    metadata = dict(stage=stage, description=description, limits=limits)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -65,32 +73,28 @@ class Experiment:
         None, "column that holds the conversation; None: 'messages', 'text' and others"
     )
     corpus_format: str | None = _data(
-        None,
-        "how a row is read: a registered name or 'module:function'; None: by column",
-        later=True,
+        None, "how a row is read: a registered name or 'module:function'; None: by column"
     )
     train_split: str = _data("train", "split the training samples come from (hub data)")
     validation_split: str | None = _data(None, "held-out split; None: train_split's first samples")
-    samples: int = _data(200, "training conversations (nested: larger holds smaller)", low=1)
+    samples: int = _data(UpTo(200), "training conversations (nested: larger holds smaller)", low=1)
     validation: Literal["held_out", "tail"] = _data(
         "held_out",
         "'held_out': fixed conversations no training size contains; "
         "'tail': the last 10 % of the training stream, cut off from training",
     )
-    validation_samples: int = _data(20, "held-out conversations", low=1)
-    fitting_samples: int = _data(500, "conversations to fit a tokeniser or table on", low=1)
+    validation_samples: int = _data(UpTo(20), "held-out conversations", low=1)
+    fitting_samples: int = _data(UpTo(500), "conversations to fit a tokeniser or table on", low=1)
     tokenizer: str = _data("bpe", "'bpe' (fitted), or a pretrained one's hub id or local folder")
-    vocab_size: int | None = _data(4096, "vocabulary of 'bpe'; None: as pretrained", low=257)
+    vocab_size: int | None = _data(UpTo(4096), "vocabulary of 'bpe'; None: as pretrained", low=257)
     embedding: str = _data(
         "bigram",
         "'bigram', 'ppmi' (fitted), 'random', or the hub id or local folder of a pretrained model",
     )
-    embedding_dim: int | None = _data(128, "E, width of the table; None: as pretrained", low=1)
+    embedding_dim: int | None = _data(UpTo(128), "E, the table's width; None: as pretrained", low=1)
 
     block: str = _context(
-        "published",
-        "the ContextBlock: 'published', another registered name, or 'module:class'",
-        later=True,
+        "published", "the ContextBlock: 'published', another registered name, or 'module:class'"
     )
     num_layers: int = _context(3, "L, layers of ContextBlock and of TokenBlock", low=1)
     context_dim: int = _context(128, "D, size of the context vector", low=2)
@@ -98,19 +102,13 @@ class Experiment:
     token_input_all_layers: bool = _context(
         True, "every ContextBlock layer sees the tokens; False: equal-decrease design"
     )
-
-    context_std: float = _context(
-        0.1, "initial std of the ContextBlock's weights on c", above=0, later=True
-    )
-    input_std: float = _context(
-        0.1, "initial std of the ContextBlock's weights on e", low=0, later=True
-    )
+    context_std: float = _context(0.1, "initial std of the ContextBlock's weights on c", above=0)
+    input_std: float = _context(0.1, "initial std of the ContextBlock's weights on e", low=0)
 
     objective: str = _phase1(
         "published",
         "what Phase 1 minimises: 'published', 'settle' (its first term alone), another registered "
         "name, or 'module:function'",
-        later=True,
     )
     dist_reg_weight: float = _phase1(0.8, "w, weight of the diversity term", low=0, high=1)
     phase1_learning_rate: float = _phase1(0.002, "Adam, Phase 1", above=0)
@@ -118,9 +116,9 @@ class Experiment:
         40, "most iterations, counting the initial contexts as number 1", low=2
     )
     phase1_min_iterations: int = _phase1(
-        5, "convergence does not stop Phase 1 before this iteration", low=2
+        UpTo(5), "convergence does not stop Phase 1 before this iteration", low=2
     )
-    phase1_noise: float = _phase1(0.1, "std of the noise on the previous contexts", low=0)
+    phase1_noise: float = _phase1(0.1, "std of the noise on the previous contexts", low=0, high=100)
     phase1_gradient_clip: float = _phase1(1.0, "largest gradient norm", above=0)
     convergence_threshold: float = _phase1(
         0.03, "mean squared change under which a token has converged", above=0
@@ -146,9 +144,7 @@ class Experiment:
         "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), another "
         "registered name, 'module:function'",
     )
-    token_block_std: float = _phase2(
-        0.1, "initial std of the TokenBlock's weights", low=0, later=True
-    )
+    token_block_std: float = _phase2(0.1, "initial std of the TokenBlock's weights", low=0)
     window_tokens: int = _phase2(16, "tokens before the current one in a 'window'", low=1)
     unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
     weight_tying: bool = _phase2(True, "head tied to the table; False: its own Linear")
@@ -170,14 +166,13 @@ class Experiment:
         "auto", "'auto': bfloat16 where matrix products are faster in it here, else float32"
     )
     ops: Literal["auto", "plain"] = _run(
-        "auto", "'auto': the fastest form of each formula; 'plain': its definition", later=True
+        "auto", "'auto': the fastest form of each formula; 'plain': its definition"
     )
 
     def __new__(cls, **given: Any) -> Experiment:
         # The generated __init__ would name an unknown field, but not the known ones.
-        for name in given:
-            if name not in HINTS:
-                raise ParameterError(name, "an unknown field", nearest(name, HINTS))
+        if unknown := [name for name in given if name not in HINTS]:
+            raise ParameterError(unknown[0], "an unknown field", nearest(unknown[0], HINTS))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -188,11 +183,16 @@ class Experiment:
         for name in ("dataset", "train_split", "tokenizer", "embedding"):
             if not getattr(self, name).strip():
                 raise ParameterError(name, getattr(self, name), "a name or path that is not empty")
-        if self.tokenizer == "bpe" and self.vocab_size is None:
-            raise ParameterError("vocab_size", None, "an integer for the fitted tokeniser 'bpe'")
-        if self.embedding in ("bigram", "ppmi", "random") and self.embedding_dim is None:
-            table = f"an integer for the table {self.embedding!r}"
-            raise ParameterError("embedding_dim", None, table)
+        for size, (part, fitted) in FITTED.items():
+            name = getattr(self, part)
+            if name not in fitted and size in self.left_alone:
+                object.__setattr__(self, size, None)
+            if name in fitted and getattr(self, size) is None:
+                raise ParameterError(size, None, f"an integer for {part} {name!r}")
+        least, most = self.phase1_min_iterations, self.phase1_max_iterations
+        if least > most and not isinstance(least, UpTo):
+            words = f"at most {most}, phase1_max_iterations"
+            raise ParameterError("phase1_min_iterations", least, words)
         if self.model != "cvfp" and self.contexts != "trained":
             raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
         if self.model == "transformer" and (n := self.num_input_tokens) > 1:
@@ -217,6 +217,16 @@ class Experiment:
         """A copy with `changes`, checked like a new Experiment."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def left_alone(self) -> frozenset[str]:
+        """Names of the sizes that nobody set, and that may still become less."""
+        return frozenset(f.name for f in fields(self) if isinstance(getattr(self, f.name), UpTo))
+
+    def settled(self, sizes: Mapping[str, int]) -> Experiment:
+        """A copy with what the sizes left alone became (`Data.sizes`), where it is less."""
+        less = {name for name, size in sizes.items() if 0 < size < (getattr(self, name) or 0)}
+        return self.replace(**{name: sizes[name] for name in less & self.left_alone})
+
     def resolved(self) -> Experiment:
         """A copy with "auto" device and precision replaced by what this machine offers.
 
@@ -228,29 +238,25 @@ class Experiment:
 
     def to_dict(self, *stages: Stage) -> dict[str, Any]:
         """Fields as a dict; only those of `stages` where any are named."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if not stages or f.metadata["stage"] in stages
-        }
+        chosen = (f.name for f in fields(self) if not stages or f.metadata["stage"] in stages)
+        return {name: getattr(self, name) for name in chosen}
 
     def key_fields(self, *stages: Stage) -> dict[str, Any]:
-        """The fields of `stages` that a key is made of: one that came later only where it is not at
-        its default, so that the keys of stored runs stay."""
-        later = {f.name: f.default for f in fields(self) if f.metadata["later"]}
-        chosen = self.to_dict(*stages)
-        return {k: v for k, v in chosen.items() if k not in later or v != later[k]}
+        """The fields of `stages` that a key is made of: of those in `NEW` only what is not at its
+        default, so that the keys of stored runs stay."""
+        later = {f.name: f.default for f in fields(self) if f.name in NEW}
+        return {k: v for k, v in self.to_dict(*stages).items() if k not in later or v != later[k]}
 
     @staticmethod
     def describe() -> list[dict[str, Any]]:
         """One row per field: name, type, the two presets' values, description."""
-        published = PRESETS["published"]
+        published = Experiment.preset("published").to_dict()
         return [
             {
                 "field": f.name,
                 "type": str(f.type),
                 "mini": f.default,
-                "published": published.get(f.name, f.default),
+                "published": published[f.name],
                 "description": f.metadata["description"],
             }
             for f in fields(Experiment)
@@ -258,6 +264,9 @@ class Experiment:
 
 
 HINTS = get_type_hints(Experiment)
+TABLES = ("bigram", "ppmi", "random")
+# Sizes that are None where another field names what is pretrained; what needs a number.
+FITTED = {"vocab_size": ("tokenizer", ("bpe",)), "embedding_dim": ("embedding", TABLES)}
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
     # Notes 000 and 002: UltraChat, GPT-2 tokens and embeddings (docs/method.md, *Settings*).
@@ -265,13 +274,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         dataset="HuggingFaceH4/ultrachat_200k",
         train_split="train_sft",
         validation_split="test_sft",
-        samples=500,
+        samples=UpTo(500),
         validation="tail",
-        validation_samples=50,
+        validation_samples=UpTo(50),
         tokenizer="gpt2",
-        vocab_size=None,
         embedding="gpt2",
-        embedding_dim=None,
         num_layers=6,
         context_dim=768,
         weight_tying=False,
@@ -317,8 +324,7 @@ def plain(value: Any) -> Any:
 
 
 def parse(value: Any, hint: Any) -> Any:
-    """Text that spells a value of the field's type -> that value; anything else as `plain` has
-    it."""
+    """Text that spells a value of the field's type -> that value; anything else as in `plain`."""
     value = plain(value)
     if not isinstance(value, str):
         return value
@@ -343,10 +349,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` if it is of the field's type (an int will do for a float), else ParameterError."""
     accepted = _types(hint)
     if get_origin(hint) is Literal:
-        if value in accepted:
+        if isinstance(value, str) and value in accepted:
             return value
         raise ParameterError(name, value, " or ".join(map(repr, accepted)))
-    if type(value) in accepted:
+    if type(value) in accepted or (int in accepted and isinstance(value, UpTo)):
         return value
     if float in accepted and type(value) is int:
         try:
@@ -357,8 +363,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
-    if type(value) not in (int, float):
+    if type(value) not in (int, float, UpTo):
         return
+    most = MOST.get(name, 1e30 if type(value) is float else 10**9)
+    limits = {**limits, "high": limits.get("high", most)}
     # NaN fails every comparison.
     fits = all(LIMITS[limit][1](value, bound) for limit, bound in limits.items())
     if not fits or not -math.inf < value < math.inf:

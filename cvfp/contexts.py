@@ -66,8 +66,8 @@ def evaluate(
     stream = Stream(block, inputs)
     start = stream.zeros(1) if initial is None else initial[None].to(stream.like)
     if start.shape != (1, block.context_dim):
-        got = f"initial: got shape {tuple(start.shape[1:])}"
-        raise ValueError(f"{got}; accepted: ({block.context_dim},)")
+        shape, fits = tuple(start.shape[1:]), (block.context_dim,)
+        raise ValueError(f"initial: got shape {shape}; accepted: {fits}")
     if initial is not None and initial.requires_grad:
         raise ValueError("initial: got a tensor that requires gradients; accepted: one without")
     if not 0 <= tol < math.inf:

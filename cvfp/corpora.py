@@ -30,8 +30,6 @@ CHITCHAT_HELD_OUT = 50
 CHITCHAT_FITTING = 500
 CHITCHAT_MIN_CHARACTERS = 250
 
-FITTED_TABLES = ("bigram", "ppmi")
-
 MESSAGES = ("messages", "conversations")  # columns of lists of messages
 # Read where no column is named: the first of these whose first and last column are there.
 LAYOUTS = [[name] for name in (*MESSAGES, "text")]
@@ -102,20 +100,22 @@ def printable(text: str) -> str:
 
 
 def load_corpus(experiment: Experiment) -> Corpus:
-    """The texts of an Experiment's samples in their fixed order.
+    """The texts of an Experiment's samples in their fixed order; of sizes left alone perhaps fewer.
 
     Raises:
         ParameterError: a corpus that cannot be read, or holds fewer samples than asked for.
     """
+    alone = experiment.left_alone
     held_out = experiment.validation_samples if experiment.validation == "held_out" else 0
-    fits = experiment.tokenizer == "bpe" or experiment.embedding in FITTED_TABLES
+    fits = experiment.tokenizer == "bpe" or experiment.embedding in ("bigram", "ppmi")
     fitted = experiment.fitting_samples if fits else 0
     if experiment.dataset == "chitchat":
         return _chitchat(experiment, held_out, fitted)
     path = hub.local(experiment.dataset)
     own_split = None if path is not None and path.is_file() else experiment.validation_split
     first = _read(experiment, experiment.train_split if own_split is None else own_split, held_out)
-    _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
+    if "validation_samples" not in alone or not first.texts:
+        _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
     start = held_out if own_split is None else 0
     is_copy = _copy_finder(first.texts)
     wanted = fitted + experiment.samples
@@ -128,11 +128,18 @@ def load_corpus(experiment: Experiment) -> Corpus:
         checked = len(train.texts)
         copies = max(0, checked - start - len(rest))
         if checked < asked:
-            name, used = ("samples", fitted) if len(rest) >= fitted else ("fitting_samples", 0)
-            _enough(name, getattr(experiment, name), len(rest) - used, experiment.dataset, copies)
+            there = len(rest)
+            if start and "validation_samples" in alone and there < 1 + bool(fitted) and checked > 1:
+                return load_corpus(experiment.replace(validation_samples=max(1, checked // 5)))
+            samples = 1 if "samples" in alone else experiment.samples
+            if fitted and "fitting_samples" in alone:  # a quarter; if training takes more, a tenth
+                fitted = min(fitted, max(1, there // 10, min(there // 4, there - samples)))
+            _enough("fitting_samples", fitted, there, experiment.dataset, copies)
+            _enough("samples", samples, there - fitted, experiment.dataset, copies)
+            break
     _differ(rest, experiment.dataset)
     skipped = train.skipped + (0 if own_split is None else first.skipped)
-    return Corpus(rest[fitted:], first.texts, rest[:fitted], skipped, copies)
+    return Corpus(rest[fitted:][: experiment.samples], first.texts, rest[:fitted], skipped, copies)
 
 
 def _differ(texts: list[str], dataset: str) -> None:
@@ -182,9 +189,8 @@ def _runs(body: str) -> Iterable[tuple[str, ...]]:
 def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int = 0) -> None:
     if there < wanted:
         without = f" (without {copies} duplicates of held-out samples)" if copies else ""
-        raise ParameterError(
-            parameter, wanted, f"at most {there} with dataset {dataset!r}{without}"
-        )
+        accepted = f"at most {there} with dataset {dataset!r}{without}"
+        raise ParameterError(parameter, wanted, accepted)
 
 
 def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
@@ -219,10 +225,8 @@ def _chitchat_texts() -> Iterator[str]:
 
 
 def _read(experiment: Experiment, split: str, count: int) -> Texts:
-    """The first `count` texts (or all there are) of one split, from the cache where they are.
-
-    Reading from the cache saves the import of `datasets`, which alone takes seconds.
-    """
+    """The first `count` texts (or all there are) of one split, from the cache where they are, which
+    saves the import of `datasets`: seconds."""
     if count == 0:
         return Texts([], 0)
     name, config = experiment.dataset, experiment.dataset_config
@@ -292,11 +296,7 @@ def _first(rows: list[str | None], count: int | None = None) -> Texts:
 
 
 def _by_format(row: Row, corpus_format: CorpusFormat, number: int) -> str | None:
-    """The row's text by an own format.
-
-    Raises:
-        ParameterError: the format failed, or returned something else than text or None.
-    """
+    """The row's text by an own format, which must not fail or return anything but text or None."""
     name = getattr(corpus_format, "__name__", str(corpus_format))
     accepted = f"a function from a row to text or None (row {number}: "
     try:
@@ -352,10 +352,8 @@ def _texts(
         name = getattr(corpus_format, "__name__", str(corpus_format))
         raise ParameterError("corpus_format", name, accepted)
     if skipped == read and columns:
-        accepted = (
-            f"one of {', '.join(columns)} that holds text or lists of messages ({why}), or a "
-        )
-        accepted += "corpus_format of your own"
+        accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why}), "
+        accepted += "or a corpus_format of your own"
         raise ParameterError("column", column, accepted)
     raise ParameterError("dataset", dataset, accepted)
 

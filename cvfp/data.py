@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from cvfp.config import Experiment, ParameterError
 from cvfp.corpora import load_corpus
 from cvfp.tokenizer import Stream, Tokenizer, load_tokenizer
 
-__all__ = ["Data", "Stream", "Tokenizer", "load"]
-
 
 @dataclass(frozen=True)
 class Data:
@@ -26,6 +24,7 @@ class Data:
         fingerprint: digest of the three streams and the tokeniser.
         skipped: rows of the corpus without text among those read.
         copies: samples left out because they repeat a held-out one.
+        sizes: what the Experiment's sizes are that follow tokeniser and corpus where left alone.
         loses_text: the tokens that validation is from do not give back all text in bits per byte.
     """
 
@@ -37,6 +36,7 @@ class Data:
     skipped: int = 0
     copies: int = 0
     loses_text: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -55,7 +55,8 @@ def load(experiment: Experiment) -> Data:
     only = Experiment(**experiment.to_dict("data"))
     own = registry.sources(experiment, "corpus_format").get("corpus_format", "")
     load = _load.__wrapped__ if own is None else _load  # without source: read anew
-    return load(only, cache.home(), tuple(files), own or "")
+    # Equal Experiments may differ in what was left alone.
+    return load(only, cache.home(), (only.left_alone, *files), own or "")
 
 
 @functools.lru_cache(maxsize=8)  # to read, hash and check megabytes again takes a tenth of a second
@@ -70,14 +71,15 @@ def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) 
         train, validation = _split_tail(train)
         lost = train_lost
         if len(validation) < 2:
-            raise ParameterError(
-                "samples", experiment.samples, "enough for a tail (10 %) of at least 2 tokens"
-            )
+            accepted = "enough for a tail (10 %) of at least 2 tokens"
+            raise ParameterError("samples", experiment.samples, accepted)
     parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
     parts.append(validation.text_bytes)
     fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
     figures = corpus.skipped, corpus.copies, lost
-    return Data(train, validation, fitting, tokenizer, fingerprint, *figures)
+    sizes = {f"{role}_samples": len(getattr(corpus, role)) for role in ("validation", "fitting")}
+    sizes |= dict(samples=len(corpus.train), vocab_size=tokenizer.vocab_size)
+    return Data(train, validation, fitting, tokenizer, fingerprint, *figures, sizes)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> tuple[Stream, bool]:
@@ -96,10 +98,8 @@ def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> 
     short = torch.nonzero(ends - stream.starts < 2)
     if len(short) and texts:
         number = int(short[0])
-        accepted = (
-            f"samples of at least 2 tokens (sample {number} for {role} is {texts[number][:40]!r})"
-        )
-        raise ParameterError("dataset", dataset, accepted)
+        short_one = f"sample {number} for {role} is {texts[number][:40]!r}"
+        raise ParameterError("dataset", dataset, f"samples of at least 2 tokens ({short_one})")
     return stream, bool(cached["lost"])
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cvfp import cache, ops, seeds
 from cvfp.config import Experiment, ParameterError
-from cvfp.data import Data, Stream
+from cvfp.data import Data
 from cvfp.hub import pretrained
+from cvfp.tokenizer import Stream
 
 RANDOM_STD = 0.02  # GPT-2's
 
@@ -84,28 +85,28 @@ def load(
         report: called after each step of a fit with {"step", "fit_loss"}.
 
     Raises:
-        ParameterError: a table that cannot be loaded, has another width than `embedding_dim`, or
-            fewer rows than the tokeniser has tokens.
+        ParameterError: a table that cannot be loaded, has another width than `embedding_dim`,
+            fewer rows than the tokeniser has tokens, or numbers of which nothing can be learnt.
     """
     if experiment.embedding == "random":
         assert experiment.embedding_dim is not None
         generator = seeds.generator(experiment.seed, "embedding")
         weight = torch.empty(data.vocab_size, experiment.embedding_dim)
         return Table(weight.normal_(0.0, RANDOM_STD, generator=generator))
-    if experiment.embedding == "bigram":
-        return _bigram(experiment, data, report)
-    if experiment.embedding == "ppmi":
-        return _ppmi(experiment, data)
+    if experiment.embedding in ("bigram", "ppmi"):
+        return _fitted(experiment, data, report)
     table = pretrained("embedding", experiment.embedding, _from_transformers)
     weight = table.weight
     if experiment.embedding_dim not in (None, weight.shape[1]):
         accepted = f"None, or {weight.shape[1]} with embedding {experiment.embedding!r}"
         raise ParameterError("embedding_dim", experiment.embedding_dim, accepted)
     if len(weight) < data.vocab_size:
-        accepted = (
-            f"a table of at least {data.vocab_size} rows, for tokenizer "
-            f"{experiment.tokenizer!r} (this one has {len(weight)})"
-        )
+        accepted = f"a table of at least {data.vocab_size} rows, for tokenizer "
+        accepted += f"{experiment.tokenizer!r} (this one has {len(weight)})"
+        raise ParameterError("embedding", experiment.embedding, accepted)
+    finite = bool(weight.isfinite().all())
+    if not finite or bool((weight == weight[0]).all()):
+        accepted = "a table whose rows differ" if finite else "a table without NaN or infinity"
         raise ParameterError("embedding", experiment.embedding, accepted)
     return table
 
@@ -117,36 +118,23 @@ def _from_transformers(name: str, local: bool) -> Table:
     return Table(model.get_input_embeddings().weight.detach().float().clone())
 
 
-def _bigram(
+def _fitted(
     experiment: Experiment, data: Data, report: Callable[[dict[str, float]], None]
 ) -> Table:
-    assert experiment.embedding_dim is not None
-    dim = experiment.embedding_dim
-    key = _fitted_key(experiment, data)
-
-    def fit() -> dict[str, Tensor]:
-        return vars(fit_bigram(data.fitting, data.vocab_size, dim, report))
-
-    return _table(_Fitted(cache.home(), key, fit))
-
-
-def _ppmi(experiment: Experiment, data: Data) -> Table:
-    assert experiment.embedding_dim is not None
-    dim = experiment.embedding_dim
-    if dim > data.vocab_size:
-        accepted = f"at most the vocabulary's {data.vocab_size} with embedding 'ppmi'"
+    kind, size, dim = experiment.embedding, data.vocab_size, experiment.embedding_dim
+    assert dim is not None
+    if kind == "ppmi" and dim > size:
+        accepted = f"at most the vocabulary's {size} with embedding 'ppmi'"
         raise ParameterError("embedding_dim", dim, accepted)
 
     def fit() -> dict[str, Tensor]:
-        return {"table": fit_ppmi(data.fitting, data.vocab_size, dim)}
+        if kind == "ppmi":
+            return {"table": fit_ppmi(data.fitting, size, dim)}
+        return vars(fit_bigram(data.fitting, size, dim, report))
 
-    return _table(_Fitted(cache.home(), _fitted_key(experiment, data), fit))
-
-
-def _fitted_key(experiment: Experiment, data: Data) -> str:
     code = [cache.code_fingerprint("data", "embeddings"), torch.__version__]
-    how = [experiment.embedding, data.vocab_size, experiment.embedding_dim]
-    return cache.digest(code, *how, data.fitting.tokens, data.fitting.starts)
+    key = cache.digest(code, kind, size, dim, data.fitting.tokens, data.fitting.starts)
+    return _table(_Fitted(cache.home(), key, fit))
 
 
 @dataclass(frozen=True)
@@ -159,8 +147,7 @@ class _Fitted:
 @functools.lru_cache(maxsize=2)  # a table is large, and hashing it takes longer than loading
 def _table(fitted: _Fitted) -> Table:
     tensors = cache.tensors("tables", fitted.key, fitted.fit)
-    weight = tensors["table"]
-    return Table(weight, BigramLM(**tensors) if len(tensors) > 1 else None)
+    return Table(tensors["table"], BigramLM(**tensors) if len(tensors) > 1 else None)
 
 
 def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
@@ -187,12 +174,8 @@ def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
     rank = min(vocab_size, embedding_dim + PPMI_OVERSAMPLING)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # "in beta state"
-        matrix = torch.sparse_csr_tensor(
-            F.pad(ends, (1, 0)),
-            second[positive],
-            information[positive].float(),
-            (vocab_size, vocab_size),
-        )
+        values, shape = information[positive].float(), (vocab_size, vocab_size)
+        matrix = torch.sparse_csr_tensor(F.pad(ends, (1, 0)), second[positive], values, shape)
         torch.manual_seed(FIT_SEED)
         left, singular, _ = torch.svd_lowrank(matrix, rank, niter=PPMI_PASSES)
     rows = left[:, :embedding_dim] * singular[:embedding_dim].sqrt()
@@ -247,14 +230,9 @@ def fit_bigram(
     parameters = [model.table, model.weight, model.bias]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [model.table, model.weight], "weight_decay": FIT_DECAY},
-            {"params": [model.bias], "weight_decay": 0.0},
-        ],
-        lr=FIT_LEARNING_RATE,
-        fused=True,
-    )
+    decayed = {"params": [model.table, model.weight], "weight_decay": FIT_DECAY}
+    others = {"params": [model.bias], "weight_decay": 0.0}
+    optimiser = torch.optim.AdamW([decayed, others], lr=FIT_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, FIT_STEPS)
     chunk = max(1, FIT_LOGITS // vocab_size)
     for step in range(1, FIT_STEPS + 1):

@@ -29,17 +29,16 @@ MATCH = 0.05
 LONGEST = 4096  # tokens in a piece of a stream that is evaluated
 
 State = tuple[Tensor, ...]
+Read = tuple[Tensor, State]
 # Positions [B, S] of a stream, and the state after those before -> h [B, S, E], and the state after
 # these.
-Reader = Callable[[TokenInputs, Tensor, State | None], tuple[Tensor, State]]
+Reader = Callable[[TokenInputs, Tensor, State | None], Read]
 
 
 class Peer(Predictor):
     """A sequence model between the table, whose rows it reads normalised, and the head."""
 
-    def read(
-        self, inputs: TokenInputs, positions: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
+    def read(self, inputs: TokenInputs, positions: Tensor, state: State | None) -> Read:
         """A `Reader`."""
         raise NotImplementedError
 
@@ -72,9 +71,7 @@ class LSTM(Peer):
         self.out = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
 
-    def read(
-        self, inputs: TokenInputs, positions: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
+    def read(self, inputs: TokenInputs, positions: Tensor, state: State | None) -> Read:
         e = inputs.dense(positions)
         outputs, (h, c) = self.lstm(e, state)
         hidden = self.norm(e[..., -self.norm.normalized_shape[0] :] + self.out(outputs))
@@ -112,9 +109,7 @@ class Transformer(Peer):
         self.gpt2 = GPT2Model(config)
         del self.gpt2.wte  # embeds nothing: the inputs are the table's rows
 
-    def read(
-        self, inputs: TokenInputs, positions: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
+    def read(self, inputs: TokenInputs, positions: Tensor, state: State | None) -> Read:
         # No state: what came before is read again.
         before = positions[:, :1] - torch.arange(self.unroll, 0, -1, device=positions.device)
         whole = torch.cat([before, positions], dim=1)
@@ -166,11 +161,11 @@ def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
 def unrolled(model: CVFP) -> Reader:
     """CVFP as a recurrent network: the ContextBlock learns with the TokenBlock."""
 
-    def read(inputs: TokenInputs, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
+    width = model.context_block.context_dim
+
+    def read(inputs: TokenInputs, positions: Tensor, state: State | None) -> Read:
         e = inputs.dense(positions)  # [B, S, n·E]
-        context = (
-            e.new_zeros(len(e), model.context_block.context_dim) if state is None else state[0]
-        )
+        context = e.new_zeros(len(e), width) if state is None else state[0]
         steps = []
         for column in e.unbind(1):
             steps.append(model.context_block(context, column))
@@ -190,6 +185,7 @@ def train(
     generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda row: None,
     tick: Callable[[int], None] = lambda tokens: None,
+    rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
 ) -> Phase2:
     """Train the model in place over the stream's lanes; keep the best epoch.
 
@@ -228,4 +224,5 @@ def train(
             hidden, state = read(frozen or inputs(), positions, state)
             return model.nats(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
 
-    return phase2.fit(model, batches, loss, validate, experiment, report, tick, CLIP)
+    given = model, batches, loss, validate, experiment, generator
+    return phase2.fit(*given, report, tick, rest, CLIP)

@@ -7,7 +7,8 @@ import json
 import math
 import platform
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,10 +19,12 @@ from cvfp import (
     abort,
     baselines,
     cache,
+    checkpoint,
     contexts,
     controls,
     embeddings,
     end_to_end,
+    estimate,
     metrics,
     ops,
     phase1,
@@ -32,6 +35,7 @@ from cvfp import (
 )
 from cvfp import data as data_module
 from cvfp.build import build
+from cvfp.checkpoint import Checkpoint, Row
 from cvfp.config import Experiment
 from cvfp.data import Data
 from cvfp.end_to_end import Peer
@@ -39,7 +43,7 @@ from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP, Block
 from cvfp.ops import placement
 from cvfp.progress import Stage
-from cvfp.recurrence import diagnose
+from cvfp.recurrence import Recurrence, diagnose
 from cvfp.result import Result
 from cvfp.version import __version__
 from cvfp.watch import Background, Watch, device_name
@@ -49,12 +53,16 @@ VERSIONS = ("torch", "numpy", "tokenizers")
 Trained = tuple[phase2.Phase2 | None, dict[str, Any]]
 
 
-def run(experiment: Experiment, *, reuse: bool = True) -> Result:
+def run(
+    experiment: Experiment, *, reuse: bool = True, watch: Callable[[Row], object] = lambda row: None
+) -> Result:
     """Train and evaluate what the Experiment describes, and store the Result; the same Experiment
-    returns it at once.
+    returns it at once, and goes on where it was interrupted.
 
     Args:
-        reuse: load a finished run or Phase 1 from the store; False: train again, and store.
+        reuse: take a finished run, Phase 1 or checkpoint from the store; False: train again.
+        watch: called with every row of Phase 1's and Phase 2's history, `phase` 1 or 2 in it; where
+            it returns something true, the run stops: its Result is `partial` and is not stored.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data, before any training.
@@ -63,37 +71,48 @@ def run(experiment: Experiment, *, reuse: bool = True) -> Result:
     cache.check_home()
     experiment = experiment.resolved()
     placement.asked_place()  # raises now, not after a table has been fitted
-    with ops.using(experiment.ops), ExitStack() as held:
-        return _run(experiment, reuse, held)
+    with ops.using(experiment.ops):
+        while True:
+            try:
+                with ExitStack() as held:
+                    result = _run(experiment, reuse, watch, held)
+                break
+            except torch.cuda.OutOfMemoryError:
+                if not placement.smaller():
+                    raise
+            told = "the GPU's memory ran out; the run goes on with less of it at once"
+            warnings.warn(told, stacklevel=2)
+    for words in result.warnings:
+        warnings.warn(words, RuntimeWarning, stacklevel=2)
+    return result
 
 
-def _run(experiment: Experiment, reuse: bool, held: ExitStack) -> Result:
+def _run(
+    experiment: Experiment, reuse: bool, follow: Callable[[Row], object], held: ExitStack
+) -> Result:
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
+    experiment = experiment.settled(data.sizes)
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
     unread = [kind for kind, one in registry.sources(experiment).items() if one is None]
     stored = not unread
     for kind in unread:
-        part = f"{kind} {getattr(experiment, kind)!r}"
-        warnings.warn(
-            f"{part}: its source, or that of what it names, cannot be read, so this run is neither "
-            "taken from the store nor stored",
-            stacklevel=3,
-        )
+        words = f"{kind} {getattr(experiment, kind)!r}: its source, or that of what it names, "
+        words += "cannot be read, so this run is neither taken from the store nor stored"
+        warnings.warn(words, stacklevel=3)
     if reuse and stored:  # other processes with the same Experiment wait for this one's result
         held.enter_context(cache.alone(cache.home() / "runs" / key))
     record = store.read_run(key) if reuse and stored else None
     if record is not None:
         # The fields that are no part of the key (a path, say) are the caller's.
-        result = Result.from_dict({**record, "experiment": experiment.to_dict()})
-        result.from_store = True
-        return result
+        return Result.from_dict({**record, "experiment": experiment.to_dict(), "from_store": True})
 
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
     phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
     with Background(experiment.device) as background:
-        training = _Training(experiment, data, phase1_key, watch, reuse, background, held)
+        keys = key if stored else None, phase1_key
+        training = _Training(experiment, data, *keys, watch, follow, reuse, background, held)
         if isinstance(model, Peer) or experiment.contexts == "end_to_end":
             second, measured = training.unrolled(model)
         else:
@@ -106,6 +125,13 @@ def _run(experiment: Experiment, reuse: bool, held: ExitStack) -> Result:
     if second is not None:
         nats = float(second.validation.nats.sum())
         measured |= _of_phase2(second, data) | {"val_bpb": metrics.bits_per_byte(nats, val_bytes)}
+
+    def units(loss: float) -> dict[str, float]:
+        bits = metrics.bits_per_byte(loss * predicted, val_bytes)
+        return {"ppl": metrics.perplexity(loss), "bpb": bits}
+
+    versions = {"python": platform.python_version(), "cvfp": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in VERSIONS}
     result = Result(
         key=key,
         experiment=experiment,
@@ -115,15 +141,7 @@ def _run(experiment: Experiment, reuse: bool, held: ExitStack) -> Result:
         embedding_dim=table.weight.shape[1],
         parameters=controls.parameter_counts(model, experiment),
         loses_text=data.loses_text,
-        baselines={
-            name: None
-            if loss is None
-            else {
-                "ppl": metrics.perplexity(loss),
-                "bpb": metrics.bits_per_byte(loss * predicted, val_bytes),
-            }
-            for name, loss in baseline_nats.items()
-        },
+        baselines={k: None if x is None else units(x) for k, x in baseline_nats.items()},
         **measured,
         seconds=watch.seconds,
         **watch.peaks(),
@@ -131,16 +149,14 @@ def _run(experiment: Experiment, reuse: bool, held: ExitStack) -> Result:
         device_name=device_name(experiment.device),
         precision=experiment.precision,
         threads=torch.get_num_threads(),
-        versions={
-            "python": platform.python_version(),
-            "cvfp": __version__,
-            **{name: importlib.metadata.version(name) for name in VERSIONS},
-        },
+        versions=versions,
+        partial=training.partial,
         _model=model,
     )
-    if stored:
+    if stored and not result.partial:
         store.write_model(key, model.state_dict())
         store.write_run(key, result.to_dict())
+        cache.delete(checkpoint.path_of(key))
     return result
 
 
@@ -149,16 +165,20 @@ class _Training:
     """One run's training, whatever the model.
 
     Attributes:
-        phase1_key: of its Phase 1 in the store; None: it is not stored.
+        key, phase1_key: of the run and of its Phase 1 in the store; None: it is not stored.
+        partial: `follow` stopped it.
     """
 
     experiment: Experiment
     data: Data
+    key: str | None
     phase1_key: str | None
     watch: Watch
+    follow: Callable[[Row], object]
     reuse: bool
     background: Background
     held: ExitStack
+    partial: bool = False
 
     def __post_init__(self) -> None:
         device = self.experiment.device
@@ -172,12 +192,8 @@ class _Training:
         measured: dict[str, Any] = {}
         if kind in ("trained", "shuffled"):
             first, measured["phase1_from_store"] = self.first_phase(model)
-            measured |= dict(
-                phase1_iterations=first.iterations,
-                converged=first.converged,
-                aborted=first.aborted,
-                phase1_history=first.history,
-            )
+            measured |= dict(phase1_iterations=first.iterations, phase1_history=first.history)
+            measured |= dict(converged=first.converged, aborted=first.aborted)
         if kind in ("trained", "random", "shuffled"):
             parallel = None if experiment.training_contexts == "exact" else first
             train_contexts, val_contexts, figures = self.measure_contexts(model, parallel)
@@ -187,17 +203,13 @@ class _Training:
                 train_contexts = self.own_contexts(model, self.train_tokens)
                 val_contexts = self.own_contexts(model, self.val_tokens)
                 measured |= self.spectra(train_contexts, val_contexts)
-        if first is not None and first.aborted is not None:
+        if self.partial or (first is not None and first.aborted is not None):
             return None, measured
-        with self.watch("phase2"), self.phase2_stage() as stage:
-            second = phase2.train(
-                controls.positions(model, train_contexts, self.train_tokens, experiment),
-                controls.positions(model, val_contexts, self.val_tokens, experiment),
-                experiment,
-                seeds.generator(experiment.seed, "batches"),
-                stage.show,
-                stage.advance,
-            )
+        batches = seeds.generator(experiment.seed, "batches")
+        with self.second_phase() as loop:
+            train = controls.positions(model, train_contexts, self.train_tokens, experiment)
+            validation = controls.positions(model, val_contexts, self.val_tokens, experiment)
+            second = phase2.train(train, validation, experiment, batches, *loop)
         return second, measured
 
     def unrolled(self, model: CVFP | Peer) -> Trained:
@@ -210,17 +222,10 @@ class _Training:
             exact = exact_contexts(model.context_block, model.context_inputs(tokens), rate)
             return phase2.evaluate(phase2.Positions(model, exact.values, tokens))
 
-        with self.watch("phase2"), self.phase2_stage() as stage:
-            second = end_to_end.train(
-                model,
-                model.read if isinstance(model, Peer) else end_to_end.unrolled(model),
-                validate,
-                self.train_tokens,
-                self.experiment,
-                seeds.generator(self.experiment.seed, "batches"),
-                stage.show,
-                stage.advance,
-            )
+        read = model.read if isinstance(model, Peer) else end_to_end.unrolled(model)
+        given = self.experiment, seeds.generator(self.experiment.seed, "batches")
+        with self.second_phase() as loop:
+            second = end_to_end.train(model, read, validate, self.train_tokens, *given, *loop)
         return second, {} if isinstance(model, Peer) else self.measure_contexts(model)[-1]
 
     def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
@@ -239,34 +244,38 @@ class _Training:
             self.watch.seconds["phase1"] = record["seconds"]
             return phase1.Phase1(rows.copy_(mapped), **record["phase1"]), True
 
-        history: list[dict[str, float]] = []
+        history: list[Row] = []
 
-        def follow(row: dict[str, float]) -> str | None:
+        def show(row: Row) -> None:
             history.append(row)
             stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
-            if row["iteration"] != abort.ITERATION:
-                return None
-            exact = contexts.evaluate(model.context_block, model.context_inputs(self.val_tokens))
-            if exact.converged:
-                spectrum = metrics.singular_values(exact.values)
-                row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
+
+        def report(row: Row) -> str | None:
+            show(row)
+            if row["iteration"] == abort.ITERATION:
+                inputs = model.context_inputs(self.val_tokens)
+                exact = contexts.evaluate(model.context_block, inputs)
+                if exact.converged:
+                    spectrum = metrics.singular_values(exact.values)
+                    row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
+            loop.tell(row)
             return abort.reason(history) if experiment.phase1_abort else None
 
+        loop = self.checkpoint(1, key, show)
         total = experiment.phase1_max_iterations - 1
         with self.watch("phase1"), Stage("Phase 1", total, every=10) as stage:
-            first = phase1.train(
-                model.context_block,
-                model.context_inputs(self.train_tokens),
-                experiment,
-                seeds.generator(experiment.seed, "phase1", experiment.device),
-                report=follow,
-            )
-        if key:
+            train = model.context_inputs(self.train_tokens)
+            noise = seeds.generator(experiment.seed, "phase1", experiment.device)
+            first = phase1.train(model.context_block, train, experiment, noise, report, loop.rest)
+        self.watch.seconds["phase1"] += loop.before
+        self.partial = loop.stop
+        if key and not loop.partial:
             block = model.context_block.state_dict()
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in block.items()}
             plain = {f.name: getattr(first, f.name) for f in fields(first) if f.name != "contexts"}
             record = {"phase1": plain, "seconds": self.watch.seconds["phase1"]}
             self.background.submit(store.write_phase1, key, weights, first.contexts, record)
+            self.background.submit(cache.delete, checkpoint.path_of(key))
             self.background.submit(held.close)
         return first, False
 
@@ -278,17 +287,16 @@ class _Training:
         with self.watch("contexts"):
             block, inputs = model.context_block, model.context_inputs(self.val_tokens)
             exact = exact_contexts(block, inputs)
-            recurrence = diagnose(block, inputs, exact.values)
+            found = diagnosed(block, inputs, exact)
             if parallel is not None:
                 train = parallel.contexts
             else:
                 train = exact_contexts(block, model.context_inputs(self.train_tokens)).values
-            figures = self.spectra(train, exact.values) | dict(
-                context_sweeps=exact.sweeps,
-                context_error=exact.error_bound if math.isfinite(exact.error_bound) else None,
-                contraction_rate=recurrence.contraction_rate,
-                memory_length=recurrence.memory_length,
-            )
+            error = exact.error_bound if math.isfinite(exact.error_bound) else None
+            figures = self.spectra(train, exact.values)
+            figures |= dict(context_sweeps=exact.sweeps, context_error=error)
+            rate, length = found.contraction_rate, found.memory_length
+            figures |= dict(contraction_rate=rate, memory_length=length)
         return train, exact.values, figures
 
     def own_contexts(self, model: CVFP, tokens: Tensor) -> Tensor:
@@ -303,13 +311,36 @@ class _Training:
         for name, values in (("train", train), ("val", validation)):
             spectrum = metrics.singular_values(values, self.experiment.device)
             figures[f"{name}_spectrum"] = spectrum.tolist()
-            rank = metrics.effective_rank(spectrum)
-            figures[f"{name}_er"] = rank / self.experiment.context_dim
+            figures[f"{name}_er"] = metrics.effective_rank(spectrum) / self.experiment.context_dim
         return figures
 
-    def phase2_stage(self) -> Stage:
-        tokens = self.experiment.phase2_epochs * len(self.data.train)
-        return Stage("Phase 2", tokens, unit="tok")
+    @contextmanager
+    def second_phase(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Whom Phase 2's loop tells its rows and its tokens, and the epochs still to do."""
+        epoch = len(self.data.train)
+        total = self.experiment.phase2_epochs * epoch
+        with self.watch("phase2"), Stage("Phase 2", total, unit="tok") as stage:
+            loop = self.checkpoint(2, self.key, lambda row: stage.advance(epoch, row))
+
+            def report(row: Row) -> None:
+                stage.show(row)
+                loop.tell(row)
+
+            yield report, stage.advance, loop.rest
+        self.watch.seconds["phase2"] += loop.before
+        self.partial = loop.partial
+
+    def checkpoint(
+        self, phase: int, key: str | None, replay: Callable[[Row], object]
+    ) -> Checkpoint:
+        """Of one phase's loop."""
+
+        def follow(row: Row) -> object:
+            return self.follow({"phase": float(phase), **row})
+
+        # Plain Adam has no state before its first step that could be restored in place.
+        kept = None if self.experiment.ops == "plain" else key
+        return Checkpoint(kept, follow, replay, self.reuse)
 
 
 def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, embeddings.Table]:
@@ -319,8 +350,11 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
         ParameterError: a field that does not fit the data; nothing of the data is refused later.
     """
     watch = watch or Watch(experiment.device)
+    estimate.check(experiment, experiment.vocab_size, experiment.embedding_dim)
     with watch("data"):
         data = data_module.load(experiment)
+    width = experiment.settled(data.sizes).embedding_dim
+    estimate.check(experiment, data.vocab_size, width)
     with watch("table"), Stage("Table", embeddings.FIT_STEPS, every=10) as stage:
         table = embeddings.load(experiment, data, lambda row: stage.advance(1, row))
     return data, table
@@ -346,6 +380,14 @@ def exact_contexts(
             "num_layers and token_input_all_layers"
         )
     return exact
+
+
+def diagnosed(block: Block, inputs: TokenInputs, exact: contexts.Contexts) -> Recurrence:
+    """How the recurrence forgets. Where it does not, `exact` has no bound: rounding grows."""
+    found = diagnose(block, inputs, exact.values)
+    if not (found.contraction_rate or 0.0) < 1:  # NaN is no better
+        exact.converged, exact.error_bound = False, math.inf
+    return found
 
 
 def _baselines(data: Data, table: embeddings.Table) -> dict[str, float | None]:
@@ -389,10 +431,8 @@ def _binned(
     values: Tensor, edges: list[int], evaluation: phase2.Evaluation
 ) -> list[dict[str, float]]:
     which = torch.bucketize(values, torch.tensor(edges), right=True) - 1
-    rows = _sums(which, len(edges), evaluation)
-    return [
-        {"low": float(low), **row} for low, row in zip(edges, rows, strict=True) if row["tokens"]
-    ]
+    rows = zip(edges, _sums(which, len(edges), evaluation), strict=True)
+    return [{"low": float(low), **row} for low, row in rows if row["tokens"]]
 
 
 def _sums(which: Tensor, count: int, evaluation: phase2.Evaluation) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ from cvfp.config import Experiment, ParameterError
 from cvfp.inputs import TokenInputs
 from cvfp.model import Block
 from cvfp.progress import Stage
-from cvfp.recurrence import Recurrence, diagnose
+from cvfp.recurrence import Recurrence
 
 AS_LEFT = "as Phase 1 leaves them"
 CAUSES = {
@@ -81,10 +81,8 @@ class Gap:
 
 
 def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
-    """Train Phase 1 of an Experiment and measure each cause of the gap to its exact contexts.
-
-    Args:
-        sweeps: longest window, and most noiseless sweeps.
+    """Train Phase 1 of an Experiment and measure each cause of the gap to its exact contexts, in
+    windows of up to `sweeps` tokens and as many noiseless sweeps.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data.
@@ -94,6 +92,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         raise ParameterError("sweeps", sweeps, "at least 1")
     exp = exp.resolved()
     data, table = experiment.prepare(exp)
+    exp = exp.settled(data.sizes)
     model = build.build_cvfp(exp, table.weight, data.tokenizer).to(exp.device)
     block, inputs = model.context_block, model.context_inputs(data.train.tokens.to(exp.device))
     if len(inputs) < 3 * POSITIONS:
@@ -106,9 +105,8 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
             history.append(copy.deepcopy(block.state_dict()))
             stage.advance(1, {name: row[name] for name in ("iteration", "loss", "converged")})
 
-        first = phase1.train(
-            block, inputs, exp, seeds.generator(exp.seed, "phase1", exp.device), follow
-        )
+        generator = seeds.generator(exp.seed, "phase1", exp.device)
+        first = phase1.train(block, inputs, exp, generator, follow)
     final = history.pop()
     exact = experiment.exact_contexts(block, inputs)
     right = exact.values
@@ -144,18 +142,19 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     total = len(inputs)
     starts = {"first": 0, "middle": (total - POSITIONS) // 2, "last": total - POSITIONS}
     parts = [slice(start, start + POSITIONS) for start in starts.values()]
+    positions = [agreement(left[part], right[part]) for part in parts]
+    iterates = enumerate(_sweeps(block, inputs, left, sweeps))
+    clean = [{"sweep": number, **agreement(one, right)} for number, one in iterates]
     return Gap(
         experiment=exp,
         tokens=total,
         iterations=first.iterations,
         exact=exact,
-        recurrence=diagnose(block, inputs, right),
+        recurrence=experiment.diagnosed(block, inputs, exact),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
-        positions=pd.DataFrame(
-            [agreement(left[part], right[part]) for part in parts], index=list(starts)
-        ),
+        positions=pd.DataFrame(positions, index=list(starts)),
         along=_along(left, right),
-        clean=_clean(block, inputs, left, right, sweeps),
+        clean=pd.DataFrame(clean)[["sweep", "mse", "relative_error_mean"]],
         windows=_windows(block, inputs, right, sweeps),
         block=block,
         inputs=inputs,
@@ -256,28 +255,15 @@ def _sweeps(block: Block, inputs: TokenInputs, values: Tensor, count: int) -> It
         yield values
 
 
-def _clean(
-    block: Block, inputs: TokenInputs, left: Tensor, right: Tensor, sweeps: int
-) -> pd.DataFrame:
-    iterates = _sweeps(block, inputs, left, sweeps)
-    rows = [{"sweep": number, **agreement(one, right)} for number, one in enumerate(iterates)]
-    return pd.DataFrame(rows)[["sweep", "mse", "relative_error_mean"]]
-
-
 def _windows(block: Block, inputs: TokenInputs, right: Tensor, sweeps: int) -> pd.DataFrame:
     rows = []
     iterates = pairwise(_sweeps(block, inputs, torch.zeros_like(right), sweeps))
     for number, (before, after) in enumerate(iterates, start=1):
         error = metrics.relative_errors(after, right)
-        rows.append(
-            {
-                "tokens": number,
-                "relative_error_mean": float(error.mean()),
-                "relative_error_max": float(error.max()),
-                "residual": float(metrics.relative_errors(before, after).max()),
-            }
-        )
-    return pd.DataFrame(rows)
+        residual = metrics.relative_errors(before, after)
+        rows.append((number, float(error.mean()), float(error.max()), float(residual.max())))
+    names = ["tokens", "relative_error_mean", "relative_error_max", "residual"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def agreement(contexts: Tensor, reference: Tensor) -> dict[str, float]:

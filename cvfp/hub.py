@@ -50,8 +50,7 @@ def require_hub(parameter: str, name: str) -> None:
     try:
         if offline:
             raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=10):
-            pass
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
         pass  # it answered
     except OSError as error:
@@ -73,9 +72,8 @@ def rows(dataset: str, config: str | None, split: str, parameter: str) -> Iterat
     try:
         yield from datasets.load_dataset(path=dataset, name=config, split=split, streaming=True)
     except ValueError as error:
-        if "split" in str(error).lower():
-            raise ParameterError(parameter, split, str(error)) from error
-        raise ParameterError("dataset", dataset, str(error)) from error
+        got = (parameter, split) if "split" in str(error).lower() else ("dataset", dataset)
+        raise ParameterError(*got, str(error)) from error
     except (OSError, TypeError, datasets.exceptions.DatasetsError) as error:
         accepted = f"a dataset that can be read ({type(error).__name__}: {error})"
         raise ParameterError("dataset", dataset, accepted) from error
@@ -161,9 +159,7 @@ def _declared(folder: Path, config: str | None) -> tuple[Path, dict[str, list[st
 
 
 def pretrained(parameter: str, name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
-    """Load a local folder, a hub id from the hub's cache, or one to download.
-
-    The last four are held in memory.
+    """Load a local folder, a hub id from the hub's cache, or one to download (held in memory: 4).
 
     Args:
         parameter: the Experiment's field that `name` is the value of.

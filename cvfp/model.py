@@ -20,8 +20,7 @@ from cvfp.inputs import TokenInputs
 if TYPE_CHECKING:
     from cvfp.tokenizer import Tokenizer
 
-WEIGHT_STD = 0.1
-BIAS_STD = 0.01
+WEIGHT_STD, BIAS_STD = 0.1, 0.01
 
 
 class Linear(nn.Linear):
@@ -174,9 +173,8 @@ class Predictor(nn.Module):
 class CVFP(Predictor):
     """ContextBlock, TokenBlock, embedding table and head, with a tokeniser for text.
 
-    Phase 1 learns the ContextBlock over the table it is given. If Phase 2 trains the table
-    (`freeze_embedding=False`), the ContextBlock goes on reading the table as it was, or its
-    contexts would no longer be the fixed points of Phase 1.
+    If Phase 2 trains the table (`freeze_embedding=False`), the ContextBlock goes on reading it as
+    it was in Phase 1, or its contexts would no longer be fixed points.
 
     Args:
         context_widths: of what the TokenBlock's layers read; None: the ContextBlock's outputs.
@@ -199,12 +197,8 @@ class CVFP(Predictor):
     ) -> None:
         super().__init__(table, weight_tying=weight_tying, freeze_embedding=freeze_embedding)
         width = table.shape[1]
-        self.num_input_tokens, self.tokenizer, self.generates = (
-            num_input_tokens,
-            tokenizer,
-            generates,
-        )
-        self.context_block = context_block
+        self.num_input_tokens, self.generates = num_input_tokens, generates
+        self.tokenizer, self.context_block = tokenizer, context_block
         self.context_widths = list(context_widths or context_block.widths)
         self.token_block = TokenBlock(self.context_widths, width, num_input_tokens * width)
         self.register_buffer("context_table", None if freeze_embedding else table.clone())

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from cvfp import data
-from cvfp.config import Experiment, ParameterError, nearest, plain
+from cvfp.config import Experiment, ParameterError, UpTo, nearest, plain
 from cvfp.parameters import PLAIN, SIZES, parsed
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def given(
     Raises:
         ParameterError: a name that is no parameter (the nearest one is named), a field that the
             notebook sets itself, an own parameter that is missing, ill-typed or out of range.
-        ValueError: a mistake in the notebook: `varies` has what is no field or is in `own`, or
-            `own` has a kind that there is not.
+        ValueError: a mistake of the notebook in `varies` or `own`.
     """
     varies = varies or {}
     if not set(varies) <= set(FIELDS) - set(own):
@@ -80,8 +79,8 @@ class Given:
 
     Attributes:
         preset: name of the preset.
-        parameters: all of them as they were written, without those left at None, and without
-            `n_jobs`, which changes no result: all that is needed to repeat the notebook's runs.
+        parameters: all that it takes to repeat the runs, as they were written: without those left
+            at None, and without `n_jobs`.
 
     Args:
         chosen: names of the Experiment's fields that were set.
@@ -110,7 +109,7 @@ class Given:
         return own[name]
 
     def experiment(self, **overrides: Any) -> Experiment:
-        """The preset with the fields that were set, and `overrides` in place of them.
+        """The preset with the fields that were set, `overrides` in their place, and sizes settled.
 
         Raises:
             ParameterError: a value that cannot be used, on this machine or with this corpus; a
@@ -119,16 +118,19 @@ class Given:
         experiment = Experiment.preset(self.preset, **{**self._chosen, **overrides})
         experiment.resolved()
         for name in self._sizes or ["samples"]:
-            value = self._own.get(name, experiment.samples)
+            value = self._own.get(name) or experiment.samples
             sizes = value if isinstance(value, list) else [value]
             # The corpus must have the largest; the smallest must have a tail to cut off.
-            for size in () if value is None else (max(sizes), min(sizes)):
+            for size in (max(sizes), min(sizes)):
+                tried = experiment.replace(samples=size)
                 try:
-                    data.load(experiment.replace(samples=size))
+                    became = tried.settled(data.load(tried).sizes)
                 except ParameterError as error:
                     if error.parameter != "samples":
                         raise
                     raise ParameterError(name, error.value, error.accepted) from error
+                alone = isinstance(size, UpTo)
+                experiment = became if alone else became.replace(samples=experiment.samples)
         return experiment
 
     def source(self, notebook: str, one: Result) -> Source:
@@ -161,9 +163,8 @@ class _Cell:
             body = ast.parse(source).body
         except (SyntaxError, ValueError):
             body = []
-        assigns = [
-            one for one in body if isinstance(one, (ast.Assign, ast.AnnAssign)) and one.value
-        ]
+        kinds = (ast.Assign, ast.AnnAssign)
+        assigns = [one for one in body if isinstance(one, kinds) and one.value]
         nodes = [node for one in assigns for node in ast.walk(one) if isinstance(node, ast.Name)]
         self.names = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
         literals = len(assigns) == len(body) and all(_literal(one.value) for one in assigns)

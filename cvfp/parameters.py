@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from cvfp.config import ParameterError, parse
+from cvfp.config import ParameterError, UpTo, parse
 
 T = TypeVar("T", int, float)
 # What tells a parameter from other variables: values that a notebook's parameters can have.
@@ -33,8 +33,8 @@ def numbers(parameter: str, value: object) -> list[float]:
 def integer(parameter: str, value: object, *, low: int = 1, why: str = "") -> int:
     """3 or "3" -> int of at least `low`; `why`, words for the error."""
     found = parse(value, int)
-    if type(found) is int and found >= low:
-        return found
+    if type(found) in (int, UpTo) and found >= low:
+        return int(found)
     raise ParameterError(parameter, value, f"one integer of at least {low}{why}")
 
 

@@ -8,7 +8,7 @@ one Adam step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ def train(
     experiment: Experiment,
     generator: torch.Generator,
     report: Callable[[dict[str, float]], str | None] = lambda row: None,
+    rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
 ) -> Phase1:
     """Train `block` in place until its contexts over the stream stop changing.
 
@@ -55,6 +56,7 @@ def train(
         experiment: its `phase1` fields, and the precision of the products and of the contexts.
         generator: on the device of the block; draws the initial contexts and the noise.
         report: called with each row of the history; may add to it, and return why to give up.
+        rest: (steps, the loop's state) -> the steps still to do (`checkpoint.Checkpoint.rest`).
 
     Raises:
         ValueError: the objective returned something else than losses with a gradient.
@@ -75,14 +77,15 @@ def train(
         contexts[part] = ops.gaussian_(fresh, INITIAL_STD, generator, size).to(contexts.dtype)
     result = Phase1(contexts, 1, 0.0)
     change = torch.empty(total, device=device)  # of each token, mean squared
+    elsewhere = contexts.device != device
 
-    for iteration in range(2, experiment.phase1_max_iterations + 1):
+    steps = range(2, experiment.phase1_max_iterations + 1)
+    parts = block, objective, contexts, optimiser
+    for iteration in rest(steps, parts, generator, result.history):
         optimiser.zero_grad()
         sums: dict[str, Tensor] = {}  # read once, when the iteration ends
         last = contexts[-1:].to(device, copy=True)
-        for part, old in ops.prefetch(
-            passes, lambda part: contexts[part].to(device), contexts.device != device
-        ):
+        for part, old in ops.prefetch(passes, lambda part: contexts[part].to(device), elsewhere):
             # Token t reads the context of t-1; token 0 that of the last (a ring).
             read = torch.cat([last, old[:-1]]).to(inputs.table.dtype)  # [K·G, D]
             last = old[-1:].clone()
@@ -106,10 +109,8 @@ def train(
 
         row = {"iteration": float(iteration), **_read(sums, change, experiment)}
         if not all(map(math.isfinite, row.values())):
-            hint = "a smaller phase1_learning_rate would be accepted"
-            raise FloatingPointError(
-                f"Phase 1 is not finite at iteration {iteration}: {row}; {hint}"
-            )
+            got = f"Phase 1 is not finite at iteration {iteration}: {row}"
+            raise FloatingPointError(f"{got}; a smaller phase1_learning_rate would be accepted")
         result.history.append(row)
         result.iterations, result.converged = iteration, row["converged"]
         result.aborted = report(row)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,8 +59,7 @@ class Positions:
 
     def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor) -> None:
         if contexts.numel() and len(contexts) < len(tokens) - 2:  # the last that is read
-            got = f"contexts: got {len(contexts)} rows"
-            raise ValueError(f"{got}; accepted: {len(tokens)}, as many as tokens")
+            raise ValueError(f"contexts: got {len(contexts)} rows; accepted: {len(tokens)}")
         self.model, self.contexts, self.tokens = model, contexts, tokens
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
@@ -109,12 +109,14 @@ def train(
     generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda row: None,
     tick: Callable[[int], None] = lambda tokens: None,
+    rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
 ) -> Phase2:
     """Train TokenBlock, head and table (what of them is trainable) in place; keep the best epoch.
 
     Args:
         generator: on the CPU; draws the order of the tokens.
         report: called with each row of the history. tick: called with each batch's tokens.
+        rest: (epochs, the loop's state) -> the epochs still to do (`checkpoint.Checkpoint.rest`).
 
     Raises:
         FloatingPointError: the validation loss is not finite.
@@ -127,9 +129,8 @@ def train(
         total, shuffle = train.total, experiment.phase2_shuffle
         order = torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
         # The ContextBlock is frozen: it takes several batches at once.
-        several = order.to(device).split(
-            size * ops.batches_at_once(size, model.context_widths, device)
-        )
+        many = size * ops.batches_at_once(size, model.context_widths, device)
+        several = order.to(device).split(many)
         elsewhere = train.contexts.device != device
         for positions, previous in ops.prefetch(several, train.previous, elsewhere):
             with ops.autocast(experiment.precision, device):
@@ -141,8 +142,9 @@ def train(
             hidden = train.hidden(positions, list(outputs), train.token_inputs())
             return model.nats(hidden, train.tokens[positions + 1])
 
-    given = model, batches, loss, partial(evaluate, validation), experiment, report, tick
-    return fit(*given, steps=experiment.phase2_epochs * (train.total // size))
+    given = model, batches, loss, partial(evaluate, validation), experiment, generator
+    steps = experiment.phase2_epochs * (train.total // size)
+    return fit(*given, report, tick, rest, steps=steps)
 
 
 def fit(
@@ -151,8 +153,10 @@ def fit(
     loss: Callable[..., Tensor],
     validate: Callable[[], Evaluation],
     experiment: Experiment,
+    generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda row: None,
     tick: Callable[[int], None] = lambda tokens: None,
+    rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
     clip: float | None = None,
     steps: int = 0,
 ) -> Phase2:
@@ -179,10 +183,10 @@ def fit(
         return nats.detach()
 
     move = ops.recorded(step, steps)
-    best: Phase2 | None = None
-    best_weights: dict[str, Tensor] = {}
     history: list[dict[str, float]] = []
-    for epoch in range(1, experiment.phase2_epochs + 1):
+    best: dict[str, Tensor] = {}  # of the best epoch: weights, nats and hits in validation
+    epochs = range(1, experiment.phase2_epochs + 1)
+    for epoch in rest(epochs, [*trained.values(), optimiser], generator, history, best):
         total, count = torch.zeros((), device=model.embedding.device), 0
         for batch in batches():
             positions = batch[0].numel()
@@ -193,16 +197,17 @@ def fit(
         train_loss = float(total) / count
         row = {"epoch": float(epoch), "train_loss": train_loss, "train_ppl": perplexity(train_loss)}
         row |= {"val_loss": validation.loss, "val_ppl": perplexity(validation.loss)}
-        history.append(row | {"val_acc": validation.accuracy})
-        report(history[-1])
         if not all(map(math.isfinite, row.values())):
             hint = "a smaller phase2_learning_rate would be accepted"
             raise FloatingPointError(f"Phase 2 is not finite at epoch {epoch}: {row}; {hint}")
-        if best is None or validation.loss < best.validation.loss:
-            best = Phase2(epoch, train_loss, validation, history)
-            best_weights = {name: copy.deepcopy(p.detach()) for name, p in trained.items()}
-        elif epoch - best.best_epoch >= experiment.phase2_patience:
+        history.append(row | {"val_acc": validation.accuracy})
+        report(history[-1])
+        leader = min(history, key=itemgetter("val_loss"))
+        if leader is history[-1]:
+            best |= {name: copy.deepcopy(p.detach()) for name, p in trained.items()}
+            best |= {"nats": validation.nats, "correct": validation.correct}
+        elif epoch - leader["epoch"] >= experiment.phase2_patience:
             break
-    assert best is not None
-    model.load_state_dict(best_weights, strict=False)
-    return best
+    validation = Evaluation(best.pop("nats"), best.pop("correct"))
+    model.load_state_dict(best, strict=False)
+    return Phase2(int(leader["epoch"]), leader["train_loss"], validation, history)

@@ -26,9 +26,8 @@ def mode() -> str:
         return chosen
     if chosen != "auto":
         raise ValueError(f"CVFP_PROGRESS: got {chosen!r}; accepted: auto, bar, lines or none")
-    if _in_kernel():
-        return "bar" if _watched_kernel() else "lines"
-    return "bar" if sys.stderr.isatty() else "lines"
+    watched = _watched_kernel() if _in_kernel() else sys.stderr.isatty()
+    return "bar" if watched else "lines"
 
 
 def _in_kernel() -> bool:
@@ -36,10 +35,10 @@ def _in_kernel() -> bool:
 
 
 def _watched_kernel() -> bool:
-    """A front end for people started the kernel: Jupyter, Colab or VS Code; not papermill."""
-    return "google.colab" in sys.modules or any(
-        name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD")
-    )
+    """A person's front end sent what runs now, and drew the message's id; ids of Python's client,
+    which executes notebooks for papermill and nbclient, begin with the session's."""
+    sent = getattr(sys.stderr, "parent_header", {})
+    return bool(sent) and not str(sent.get("msg_id")).startswith(f"{sent.get('session')}_")
 
 
 def _write(line: str) -> None:
@@ -93,3 +92,8 @@ class Stage(AbstractContextManager["Stage"]):
         self._flush()
         if self.bar is not None:
             self.bar.close()
+
+
+if _in_kernel() and not _watched_kernel():  # other libraries' bars would be stored, too
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -81,11 +81,7 @@ def corpus_format(name: str) -> Callable[[Part], Part]:
 
 
 def resolve(kind: str, name: str) -> Callable[..., Any]:
-    """The part of that name.
-
-    Raises:
-        ParameterError: there is none.
-    """
+    """The part of that name; raises `ParameterError` where there is none."""
     if name in PARTS[kind]:
         return PARTS[kind][name]
     module, _, attribute = name.partition(":")
@@ -158,19 +154,15 @@ def _is_library(part: Any) -> bool:
 
 
 def _collect(name: str, value: Any, content: list[object], seen: dict[int, Any]) -> None:
-    """Append what `value` is, followed through the functions and classes that it names.
-
-    Raises:
-        OSError, TypeError: it has no source, or is of a kind that has no digest.
-    """
+    """Append what `value` is, followed through the functions and classes that it names; OSError or
+    TypeError: it has no source, or is of a kind that has no digest."""
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype)):
         content.append([name, repr(value)])
     elif isinstance(value, Tensor):
         content += [name, str(value.dtype), list(value.shape), value]
     elif isinstance(value, (list, tuple, dict)):
         content.append([name, type(value).__name__, len(value)])
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, one in pairs:
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
             content.append(repr(key))
             _collect(name, one, content, seen)
     elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
@@ -236,11 +228,8 @@ def build_objective(
 
 def check_objective(name: str, returned: Any, new: Tensor) -> None:
     """Refuse an objective by name for what it returned for the contexts `new` [K, G, D].
-
-    Raises:
-        ValueError: no pair of losses and figures, another shape than [K], a value that is not
-            finite, or no gradient that reaches `new`.
-    """
+    ValueError: no pair of losses and figures, another shape than [K], a value that is not finite,
+    or no gradient that reaches `new`."""
     groups = len(new)
 
     def fits(one: object) -> bool:
@@ -274,11 +263,8 @@ def check_objective(name: str, returned: Any, new: Tensor) -> None:
 
 
 def check_block(name: str, block: Any, width: int, input_dim: int) -> None:
-    """Refuse a block for D = `width` by name; it is initialised and run on zeros.
-
-    Raises:
-        ValueError: a missing attribute, outputs of another shape, or not finite.
-    """
+    """Refuse a block for D = `width` by name; it is initialised and run on zeros. ValueError: a
+    missing attribute, outputs of another shape, or not finite."""
     context_dim, widths = getattr(block, "context_dim", None), getattr(block, "widths", None)
     initialise: Any = getattr(block, "initialise", None)
     got = ""
@@ -317,11 +303,7 @@ def _initialised(block: Any, seed: int) -> Tensor:
 
 
 def check_contexts(name: str, contexts: Any, shape: tuple[int, int]) -> Tensor:
-    """Own contexts [T, D], without a graph.
-
-    Raises:
-        ValueError: another shape, or a value that is not finite.
-    """
+    """Own contexts [T, D], without a graph; ValueError: another shape, or not finite."""
     got = ""
     if not isinstance(contexts, Tensor) or contexts.shape != shape:
         got = f"{type(contexts).__name__} of shape {tuple(getattr(contexts, 'shape', ()))}"

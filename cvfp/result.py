@@ -22,8 +22,9 @@ class Result:
     """What a run measured. `column_docs()` gives the meaning and unit of every column.
 
     What does not apply is None or an empty list, never 0. A run that was given up in Phase 1
-    (`aborted` says why) has nothing that comes from Phase 2. A control without contexts, or a peer,
-    has none of their figures.
+    (`aborted` says why) has nothing that comes from Phase 2. One that was stopped is `partial`: it
+    has what there was, and is not stored. A control without contexts, or a peer, has none of their
+    figures.
     """
 
     key: str
@@ -65,30 +66,37 @@ class Result:
     threads: int
     versions: dict[str, str]
     loses_text: bool = False
+    partial: bool = field(default=False, compare=False)
     from_store: bool = field(default=False, compare=False)
     _model: CVFP | Peer | None = field(default=None, repr=False, compare=False)
 
     @property
     def ranks(self) -> tuple[float, float]:
-        """Effective rank of the training and of the validation contexts, fractions of D.
-
-        Raises:
-            ParameterError: a run without contexts.
-        """
+        """Effective rank of the training and of the validation contexts, fractions of D; raises
+        `ParameterError` for a run without contexts."""
         if self.train_er is None or self.val_er is None:
             raise self._without("contexts")
         return self.train_er, self.val_er
 
     @property
     def phase1_end(self) -> tuple[int, float]:
-        """Phase 1's iterations, and the fraction of tokens converged at the last.
-
-        Raises:
-            ParameterError: a run without a Phase 1.
-        """
+        """Phase 1's iterations, and the fraction of tokens converged at the last; raises
+        `ParameterError` for a run without a Phase 1."""
         if self.phase1_iterations is None or self.converged is None:
             raise self._without("a Phase 1")
         return self.phase1_iterations, self.converged
+
+    @property
+    def warnings(self) -> list[str]:
+        """Figures that are not what they seem, in words; most often none."""
+        size, width, rate = self.vocab_size, self.experiment.context_dim, self.contraction_rate or 0
+        rank = width * min(x for x in (self.train_er, self.val_er, 1.0) if x is not None)
+        guess = f"perplexity over the vocabulary's {size:,}: worse than a guess"
+        collapse = f"collapse: contexts in {rank:.1f} of {width} directions"
+        grows = f"recurrence amplifies rounding, {rate:.4g} times a token: contexts without a bound"
+        # One or two directions are nothing odd where there are four.
+        there = (self.val_ppl or 0) > size, rank < 2.5 < width / 2, not rate < 1
+        return [one for one, true in zip((guess, collapse, grows), there, strict=True) if true]
 
     def _without(self, what: str) -> ParameterError:
         kind = self.experiment.model, self.experiment.contexts
@@ -101,7 +109,9 @@ class Result:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Result:
-        return cls(**{**record, "experiment": Experiment(**record["experiment"])})
+        # Nobody need have said this default, and it may be over the most iterations.
+        said = dict(x for x in record["experiment"].items() if x != ("phase1_min_iterations", 5))
+        return cls(**{**record, "experiment": Experiment(**said)})
 
     def model(self) -> CVFP | Peer:
         """The trained model with its tokeniser: this run's, or the stored one.
@@ -112,11 +122,9 @@ class Result:
         if self._model is None:
             weights = store.read_model(self.key)
             if weights is None:
-                raise FileNotFoundError(
-                    f"no model is stored for run {self.key}: models over "
-                    f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
-                    "returns a result that has it"
-                )
+                words = f"no model is stored for run {self.key}: models over "
+                words += f"{store.MODEL_BYTES // 10**6} MB are not; run(experiment, reuse=False) "
+                raise FileNotFoundError(f"{words}returns a result that has it")
             corpus = load_corpus(self.experiment)
             tokenizer = load_tokenizer(self.experiment, corpus.fitting)
             self._model = build(self.experiment, weights["embedding"], tokenizer)
@@ -126,17 +134,15 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """One tidy row: the Experiment's fields and the measured scalars."""
-        measured = {
-            name: value
-            for name, value in self.to_dict().items()
-            if isinstance(value, (int, float, str)) or value is None
-        }
+        everything = self.to_dict().items()
+        measured = {k: v for k, v in everything if isinstance(v, int | float | str | None)}
         lines = {
             f"{name}_{unit}": None if values is None else values[unit]
             for name, values in self.baselines.items()
             for unit in ("ppl", "bpb")
         }
         seconds = {f"seconds_{stage}": value for stage, value in self.seconds.items()}
+        measured["warnings"] = "; ".join(self.warnings)
         return {**self.experiment.to_dict(), **measured, **lines, **seconds}
 
 
@@ -168,10 +174,11 @@ def column_docs() -> dict[str, str]:
         "aborted": "why the run was given up in Phase 1 (phase1_abort); null: it was not",
         "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
         "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
-        "context_error": "bound on the error of any of them, relative to its norm, before rounding",
+        "context_error": "bound on the error of any, relative to its norm; null: infinite, or none",
         "contraction_rate": "factor per token by which nearby trajectories of contexts approach",
         "memory_length": "tokens after which a context restarted from zeros is within 1 %; "
         "null if not within 256",
+        "warnings": "what of the figures is not what it seems; empty: nothing",
         "peak_memory_mib": "largest resident memory of the process during the run, MiB",
         "peak_device_memory_mib": "largest memory allocated on the GPU, MiB; null without one",
         "threads": "CPU threads",

@@ -25,23 +25,9 @@ from cvfp import cache, registry
 from cvfp.config import Experiment
 from cvfp.ops import placement
 
-PHASE1_CODE = (
-    "build",
-    "contexts",
-    "corpora",
-    "data",
-    "embeddings",
-    "hub",
-    "inputs",
-    "metrics",
-    "model",
-    "objectives",
-    "ops",
-    "phase1",
-    "recurrence",
-    "seeds",
-    "tokenizer",
-)
+DATA_CODE = ("corpora", "data", "embeddings", "hub", "tokenizer")
+MODEL_CODE = ("build", "contexts", "inputs", "metrics", "model", "ops", "recurrence", "seeds")
+PHASE1_CODE = (*DATA_CODE, *MODEL_CODE, "checkpoint", "objectives", "phase1")
 RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment", "result")
 
 MODEL_BYTES = 50_000_000
@@ -134,21 +120,8 @@ def write_phase1(
     metadata = {"record": json.dumps(record, allow_nan=False)}
     saved = cache.keep(path, lambda temporary: cache.save(temporary, weights, metadata))
     if saved and not cache.keep(rows, write):
-        path.unlink(missing_ok=True)
-    kept = []
-    for key in {other.name.partition(".")[0] for other in path.parent.glob("[!.]*")}:
-        files = sorted(path.parent.glob(f"{key}.*"))  # halves and damaged ones, too
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            status = [one.stat() for one in files]
-            used = max(one.st_mtime for one in status)
-            kept.append((used, sum(one.st_size for one in status), files))
-    total = sum(size for _, size, _ in kept)
-    for _, size, oldest in sorted(kept):
-        if total <= PHASE1_BYTES:
-            break
-        total -= size
-        for one in oldest:
-            one.unlink(missing_ok=True)
+        cache.delete(path)
+    cache.evict(path.parent, PHASE1_BYTES)
 
 
 def _phase1_paths(key: str) -> tuple[Path, Path]:

@@ -14,6 +14,7 @@ import torch
 from cvfp import registry
 from cvfp.build import build
 from cvfp.config import Experiment, ParameterError, plain
+from cvfp.data import load
 from cvfp.experiment import prepare, run
 from cvfp.progress import Stage
 from cvfp.result import Result, Results
@@ -31,9 +32,8 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         grid: fields of the Experiment, each with the values to run.
 
     Raises:
-        ValueError: an own block that cannot be used, before the first run starts.
-        ParameterError: an unknown field, a bad value, a size that exceeds the corpus, or a peer
-            that cannot be built, for any of the runs, before the first starts.
+        ParameterError: before the first run starts, for any of them: an unknown field, a bad value,
+            a size that exceeds the corpus, a peer that cannot be built (own blocks: ValueError).
     """
     jobs = plain(n_jobs)
     if type(jobs) is not int or jobs == 0:
@@ -44,20 +44,17 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
         lists[name] = list(values) if isinstance(values, Iterable) else []
         if isinstance(values, str) or not lists[name]:
             raise ParameterError(name, values, "a list of at least one value")
-    combinations = itertools.product(*lists.values())
-    experiments = [
-        experiment.replace(**dict(zip(grid, values, strict=True))).resolved()
-        for values in combinations
-    ]
+    combinations = (dict(zip(grid, one, strict=True)) for one in itertools.product(*lists.values()))
+    experiments = [experiment.replace(**one).resolved() for one in combinations]
+    # What sizes left alone become with the largest holds for all, or they could not be compared.
+    most = max(one.samples for one in experiments)
+    experiments = [one.settled(load(one.replace(samples=most)).sizes) for one in experiments]
     for one in experiments:
         data, table = prepare(one)
         if one.model != "cvfp" or one.block != "published":
             build(one, table.weight, data.tokenizer)
     results = Results()
-    with (
-        warnings.catch_warnings(),
-        Stage("Sweep", len(experiments), unit="run", every=1) as stage,
-    ):
+    with warnings.catch_warnings(), Stage("Sweep", len(experiments), unit="run", every=1) as stage:
         if jobs == 1:
             finished: Iterable[Result] = map(_run_one, experiments)
         else:
@@ -71,8 +68,7 @@ def sweep(experiment: Experiment, *, n_jobs: int = 1, **grid: Iterable[Any]) -> 
             results.append(result)
             row = result.row()
             shown = {name: row[name] for name in (*grid, "val_ppl")}
-            numbers = {k: v for k, v in shown.items() if isinstance(v, (int, float))}
-            stage.advance(1, numbers)
+            stage.advance(1, {k: v for k, v in shown.items() if isinstance(v, (int, float))})
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from cvfp import cache, hub
-from cvfp.config import Experiment, ParameterError
+from cvfp.config import Experiment, ParameterError, UpTo
+
+LONG = re.compile(r"\S{1000}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
 
 
 def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with `vocab_size` entries, fitted on `texts`; cached on disk.
+    """Byte-level BPE with `vocab_size` (or `UpTo`) entries, fitted on `texts`; cached on disk.
 
     Raises:
         ParameterError: the texts hold too few pairs for `vocab_size` entries.
@@ -143,6 +146,10 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     def fit() -> str:
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if any(map(LONG.search, texts)):  # merges of a word take the square of its length
+            cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LONG.pattern), "isolated")
+            parts = [cut, backend.pre_tokenizer]
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
         backend.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -150,12 +157,13 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
         backend.train_from_iterator(texts, trainer)
-        if backend.get_vocab_size() < vocab_size:
-            accepted = f"at most {backend.get_vocab_size()} with these fitting samples"
-            raise ParameterError("vocab_size", vocab_size, accepted)
         return backend.to_str()
 
-    return Tokenizer.from_json(cache.text("tokenizers", f"{key}.json", fit))
+    fitted = Tokenizer.from_json(cache.text("tokenizers", f"{key}.json", fit))
+    if fitted.vocab_size < vocab_size and not isinstance(vocab_size, UpTo):
+        accepted = f"at most {fitted.vocab_size} with these fitting samples"
+        raise ParameterError("vocab_size", vocab_size, accepted)
+    return fitted
 
 
 def _from_folder(path: Path) -> Tokenizer:
@@ -178,9 +186,8 @@ def _from_transformers(name: str, local: bool) -> Tokenizer | None:
     import transformers
 
     loaded: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-    if not getattr(loaded, "is_fast", False):
-        return None
-    return Tokenizer.from_json(loaded.backend_tokenizer.to_str())
+    fast = getattr(loaded, "is_fast", False)
+    return Tokenizer.from_json(loaded.backend_tokenizer.to_str()) if fast else None
 
 
 def _code() -> str:

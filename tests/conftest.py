@@ -10,9 +10,41 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import reliability
 import torch
 
 from cvfp import Experiment
+
+# What tests of reliability tried, and what came of it: written by `make reliability`.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", help="write what was tried, and what came of it, there")
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Count what a test tried: `tally(kind, tried=60)`; it counts once the test has passed."""
+
+    def count(kind: str, **counts: int) -> None:
+        record_property("tally", (kind, counts))
+
+    return count
+
+
+_tallies: list[pytest.TestReport] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.failed:
+        _tallies.append(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--reliability")
+    if path and not hasattr(session.config, "workerinput"):  # xdist's workers report to the first
+        Path(path).write_text(reliability.page(_tallies), encoding="utf-8")
+
 
 # One home for the session, so that fitted tokenisers and tables are shared.
 

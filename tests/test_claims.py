@@ -331,29 +331,14 @@ def test_rule_needs_three_seeds_and_an_interval() -> None:
     assert claims.verdict(claim, none) == "inconclusive"
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (dict(value=math.nan), "value: got nan; accepted: a finite number or None"),
-        (dict(value="0.8"), "value: got '0.8'"),
-        (dict(value=True), "value: got True"),
-        (dict(low=-math.inf), "low: got -inf"),
-        (dict(high=math.inf), "high: got inf"),
-        (dict(low=None), "low, high: got (None, 0.9); accepted: both or neither"),
-        (dict(high=None), "low, high: got (0.7, None); accepted: both or neither"),
-        (dict(low=0.95), "low, high: got (0.95, 0.9); accepted: the lower end first"),
-        (dict(value=None), "value: got None; accepted: a number where there is an interval"),
-        (dict(seeds=-1), "seeds: got -1"),
-        (dict(seeds=2.5), "seeds: got 2.5"),
-        (dict(seeds=True), "seeds: got True"),
-        (dict(parameters=[1]), "parameters: got [1]; accepted: a dict"),
-        (dict(parameters={"a": math.nan}), "parameters: got {'a': nan}; accepted: JSON-able"),
-        (dict(parameters={"a": {1, 2}}), "parameters: got {'a': {1, 2}}; accepted: JSON-able"),
-    ],
-)
-def test_bad_measurements_are_named(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="^" + re.escape(said)):
-        measurement(**changes)
+def test_a_damaged_measurement_is_none(store: Path) -> None:
+    path = ledger.record("C10", measurement())
+    path.write_text(path.read_text(encoding="utf-8").replace("0.8", "0.3"), encoding="utf-8")
+    with pytest.warns(UserWarning, match="C10.json: damaged"):
+        assert ledger.measurements() == {}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        ledger.record("C10", measurement(value=math.nan))
+    assert ledger.measurements() == {}
 
 
 def test_every_claim_once() -> None:
@@ -409,7 +394,7 @@ def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cache, "whole", watched)
     ledger.record("C1", measurement())
-    assert paths == [store / "C1.json"]
+    assert store / "C1.json" in paths
 
 
 @pytest.mark.parametrize("id", ["C0", "C20", "c1", "", "../C1"])
@@ -425,36 +410,14 @@ def test_unknown_ids_are_named(id: str, store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("C1", "{"),
-        ("C1", "[1]"),
-        ("C1", "null"),
-        ("C1", '{"value": 1}'),
-        ("C1", '{"surprise": 1}'),
-        ("C1", "NaN"),
-        ("C20", "{}"),
-    ],
+    "text",
+    ["{", "[1]", "null", '{"C1": {"value": 1}}', '{"C1": {"surprise": 1}}', "NaN", '{"C20": {}}'],
 )
-def test_corrupted_files_are_named(name: str, text: str, store: Path) -> None:
-    store.mkdir(parents=True)
-    (store / f"{name}.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}\.json: got .*; accepted: a file that"):
-        ledger.measurements()
-
-
-def test_corrupted_figures_are_named(store: Path) -> None:
-    path = ledger.record("C1", measurement())
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("0.7", "NaN"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"C1\.json: got low: got nan; accepted: a finite number"):
-        ledger.measurements()
-
-
-def test_a_file_of_no_claim_is_named(store: Path) -> None:
-    ledger.record("C1", measurement()).rename(store / "C20.json")
-    with pytest.raises(ValueError, match=r"C20\.json: got id: got 'C20'; accepted: one of C1"):
-        ledger.measurements()
+def test_ledgers_that_are_none_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ledger\.json: got .*; accepted: a file that"):
+        ledger.load(path)
 
 
 def test_row() -> None:

@@ -10,8 +10,9 @@ from conftest import tiny_experiment
 from test_phases import make_model, make_tokens
 
 import cvfp
-from cvfp import Experiment, ops, phase1, phase2, store
+from cvfp import Experiment, estimate, ops, phase1, phase2, store
 from cvfp.inputs import TokenInputs
+from cvfp.ops import placement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -142,3 +143,68 @@ def test_a_run_on_the_device_is_near_one_on_the_cpu(precision: str, home: Path) 
     assert on_gpu.val_ppl == pytest.approx(on_cpu.val_ppl, rel=0.03)
     again = cvfp.run(tiny_experiment(device="cuda", **fields), reuse=False)
     assert again.val_ppl == on_gpu.val_ppl  # to the last bit
+
+
+def large(**fields: object) -> Experiment:
+    """6 x 768 in float32, a few steps."""
+    given = dict(samples=200, num_layers=6, context_dim=768, phase1_max_iterations=12)
+    given |= dict(phase2_epochs=1, device="cuda", precision="float32")
+    return Experiment(**{**given, **fields})
+
+
+def test_a_full_gpu_takes_less_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CVFP_HOME", str(tmp_path))
+    for name in ("PASS", "LOGITS", "SIDE_BY_SIDE"):
+        monkeypatch.setattr(placement, name, dict(getattr(placement, name)))
+    monkeypatch.setattr(placement, "DEVICE_PART", placement.DEVICE_PART)
+    free = cvfp.run(large(), reuse=False)
+    assert free.peak_device_memory_mib is not None
+    torch.cuda.empty_cache()
+    left = int(0.4 * free.peak_device_memory_mib * 2**20)
+    others = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device="cuda")
+    with pytest.warns(UserWarning, match="the GPU's memory ran out"):
+        squeezed = cvfp.run(large(), reuse=False)
+    del others
+    assert placement.PASS["cuda"] < 2**26
+    # The same draws and sums, in another order: Adam's first steps make 0.5 % of that in the end.
+    for mine, theirs in zip(squeezed.phase1_history[:1], free.phase1_history[:1], strict=True):
+        assert mine == {name: pytest.approx(value, rel=1e-5) for name, value in theirs.items()}
+    assert squeezed.val_ppl == pytest.approx(free.val_ppl, rel=1e-2)
+    assert squeezed.val_er == pytest.approx(free.val_er, rel=1e-2)
+
+
+def test_the_published_size_fits_a_small_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpt2_folder: Path
+) -> None:
+    """14 GB, as Colab's T4 has: GPT-2's vocabulary, its own head, the published batch."""
+    monkeypatch.setenv("CVFP_HOME", str(tmp_path))
+    fields = dict(tokenizer=str(gpt2_folder), vocab_size=None, embedding="random")
+    fields |= dict(embedding_dim=768, weight_tying=False, phase2_batch_size=4096, samples=1000)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(14e9 / total)
+    try:
+        result = cvfp.run(large(**fields), reuse=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.peak_device_memory_mib < 14e9 / 2**20
+    print(f"\nat most {result.peak_device_memory_mib:.0f} MiB allocated of {14e9 / 2**20:.0f}")
+    one = result.experiment
+    needed = estimate.memory(one, result.vocab_size, result.embedding_dim) / 2**20
+    print(f"estimated {needed:.0f} MiB, contexts apart")
+    assert needed / 3 < result.peak_device_memory_mib < 3 * needed
+
+
+def test_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CVFP_HOME", str(tmp_path))
+    one = tiny_experiment(device="cuda", samples=30, phase2_epochs=3, phase2_batch_size=64)
+    whole = cvfp.run(one, reuse=False)
+    for path in [*tmp_path.glob("phase1/*"), *tmp_path.glob(f"*/{whole.key}*")]:
+        path.unlink()
+    for phase, step in ((1, "iteration"), (2, "epoch")):
+        stopped = cvfp.run(one, watch=lambda row: row["phase"] == phase and row[step] >= 2)  # noqa: B023
+        assert stopped.partial
+    again = cvfp.run(one)
+    assert not again.from_store
+    assert len(again.phase2_history) == len(whole.phase2_history)
+    assert again.val_ppl == pytest.approx(whole.val_ppl, rel=1e-3)

@@ -21,6 +21,7 @@ import cvfp
 from cvfp import Experiment, ParameterError, Result, baselines, cache, embeddings, phase1, store
 from cvfp.ops import placement
 
+Tally = Callable[..., None]
 # Children have what is imported here, so that eight of them start at once.
 FORK = multiprocessing.get_context("fork")
 CPU = torch.device("cpu")
@@ -123,9 +124,10 @@ def check_damage(kind: str, damage: Callable[[Path, random.Random], None], seed:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_told_and_made_good(
-    kind: str, damage: Callable[[Path, random.Random], None], home: Path
+    kind: str, damage: Callable[[Path, random.Random], None], home: Path, tally: Tally
 ) -> None:
     check_damage(kind, damage, 0)
+    tally("damaged files", tried=1)
 
 
 @pytest.mark.full
@@ -133,9 +135,10 @@ def test_damage_is_told_and_made_good(
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_damage_is_told_and_made_good(
-    kind: str, damage: Callable[[Path, random.Random], None], seed: int, home: Path
+    kind: str, damage: Callable[[Path, random.Random], None], seed: int, home: Path, tally: Tally
 ) -> None:
     check_damage(kind, damage, seed)
+    tally("damaged files", tried=1)
 
 
 def numbers(result: Result) -> Any:
@@ -157,7 +160,9 @@ def kept(home: Path) -> list[Path]:
     return sorted(path for kind in kinds for path in home.glob(f"{kind}/[!.]*"))
 
 
-def test_a_run_on_a_damaged_home_is_the_same_run(tiny: Experiment, home: Path) -> None:
+def test_a_run_on_a_damaged_home_is_the_same_run(
+    tiny: Experiment, home: Path, tally: Tally
+) -> None:
     first = cvfp.run(tiny)
     files = kept(home)
     assert len(files) >= 9
@@ -172,6 +177,7 @@ def test_a_run_on_a_damaged_home_is_the_same_run(tiny: Experiment, home: Path) -
     assert not again.from_store
     assert not again.phase1_from_store
     assert numbers(again) == numbers(first)
+    tally("damaged files", tried=len(files))
 
 
 def test_files_without_a_checksum_are_not_there(tiny: Experiment, home: Path) -> None:
@@ -227,12 +233,13 @@ def run_alone(experiment: Experiment) -> Result:
 
 
 def test_eight_processes_train_one_experiment_once(
-    tiny: Experiment, corpus_only: Path, calls: Callable[[], dict[str, int]]
+    tiny: Experiment, corpus_only: Path, calls: Callable[[], dict[str, int]], tally: Tally
 ) -> None:
     results = at_once([tiny] * 8)
     assert sum(not result.from_store for result in results) == 1
     assert all(result == results[0] for result in results)
     assert calls() == {"fit_bigram": 1, "train": 1, "evaluate": 1}
+    tally("processes with the same Experiment at once", tried=8, trained=1)
 
 
 @pytest.mark.full
@@ -320,13 +327,15 @@ def check_kills(kills: int) -> None:
             store.read_run(key)
 
 
-def test_kills_leave_nothing_half_written(home: Path) -> None:
+def test_kills_leave_nothing_half_written(home: Path, tally: Tally) -> None:
     check_kills(12)
+    tally("kills while files are written", tried=12)
 
 
 @pytest.mark.full
-def test_many_kills_leave_nothing_half_written(home: Path) -> None:
+def test_many_kills_leave_nothing_half_written(home: Path, tally: Tally) -> None:
     check_kills(200)
+    tally("kills while files are written", tried=200)
 
 
 def write_slowly(path: Path, writing: Any, go_on: Any) -> None:
@@ -395,7 +404,7 @@ def limited(size: int, work: Callable[[], Any]) -> Callable[[], Any]:
     [30_000, *(pytest.param(size, marks=pytest.mark.full) for size in (0, 3_000, 100_000))],
 )
 def test_a_full_disk_keeps_a_run_from_nothing_but_the_store(
-    size: int, tiny: Experiment, corpus_only: Path
+    size: int, tiny: Experiment, corpus_only: Path, tally: Tally
 ) -> None:
     result, told = in_child(limited(size, lambda: run_alone(tiny)))
     assert result.val_ppl > 1
@@ -407,6 +416,7 @@ def test_a_full_disk_keeps_a_run_from_nothing_but_the_store(
     assert all(cache.sound(path) for path in kept(corpus_only))
     # What was kept is used, the rest is made now.
     assert numbers(cvfp.run(tiny)) == numbers(result)
+    tally("runs on a full disk", tried=1)
 
 
 @pytest.mark.parametrize("size", [0, 100, 2_000, 3_000])
@@ -469,7 +479,9 @@ def as_reader(work: Callable[[], Any]) -> Callable[[], Any]:
     return within
 
 
-def test_a_home_that_can_only_be_read_is_read(tiny: Experiment, public_home: Path) -> None:
+def test_a_home_that_can_only_be_read_is_read(
+    tiny: Experiment, public_home: Path, tally: Tally
+) -> None:
     first = cvfp.run(tiny)
     changed = tiny.replace(phase2_learning_rate=0.01)
     forget()
@@ -490,5 +502,6 @@ def test_a_home_that_can_only_be_read_is_read(tiny: Experiment, public_home: Pat
     assert variant.val_ppl != first.val_ppl
     assert len(told) == 1
     assert {path: path.stat().st_mtime_ns for path in public_home.rglob("*")} == before
+    tally("runs on a home that can only be read", tried=2)
     for folder in folders:
         folder.chmod(0o755)

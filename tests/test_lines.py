@@ -40,6 +40,7 @@ LAYERS: list[list[str]] = [
         "controls",
         "distributed",
         "end_to_end",
+        "estimate",
         "experiment",
         "gap",
         "generation",

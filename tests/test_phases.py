@@ -497,6 +497,7 @@ def test_fit_refuses_a_loss_without_gradients() -> None:
             lambda positions: torch.zeros(()),
             lambda: pytest.fail("a step without gradients passed"),
             Experiment(**SMALL),
+            torch.Generator(),
         )
 
 

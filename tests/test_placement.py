@@ -24,6 +24,7 @@ def test_what_fits_stays_and_what_does_not_goes_to_disk(
     free = placement.psutil.virtual_memory().available
     assert placement.place(free // 2, CPU) == "device"
     assert placement.place(2 * free, CPU) == "disk"
+    monkeypatch.setattr(placement, "memory", lambda device: free)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 4, free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
@@ -34,6 +35,9 @@ def test_what_fits_stays_and_what_does_not_goes_to_disk(
     # What torch keeps for itself and does not use is free, too.
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free // 2)
     assert placement.place(free // 2, gpu) == "device"
+    # No more than this process may have.
+    monkeypatch.setattr(placement, "memory", lambda device: free // 3)
+    assert placement.place(free // 2, gpu) == "host"
 
 
 def test_place_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

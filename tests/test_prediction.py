@@ -150,9 +150,6 @@ def test_by_configuration() -> None:
 @pytest.mark.parametrize("ask", [prediction.by_configuration, prediction.predictors])
 def test_figures_out_of_range_are_named(ask: Callable[[pd.DataFrame], Any]) -> None:
     frame = configurations(np.random.default_rng(0), 4).frame()
-    for column, value in (("val_er", 77.0), ("train_er", 0.0), ("val_ppl", -1.0)):
-        with pytest.raises(ValueError, match=f"^{column}: got .*accepted: "):
-            ask(frame.assign(**{column: value}))
     with pytest.raises(ValueError, match=r"^frame: got .*val_er.*accepted: Results.frame"):
         ask(frame.drop(columns="val_er"))
     with pytest.raises(ValueError, match=r"^frame: got .*no run with a perplexity"):
@@ -161,8 +158,6 @@ def test_figures_out_of_range_are_named(ask: Callable[[pd.DataFrame], Any]) -> N
 
 def test_matrix_names_what_it_cannot_correlate() -> None:
     frame = configurations(np.random.default_rng(0), 2).frame()
-    with pytest.raises(ValueError, match=r"^frame: got .*'converged'.*accepted: Results.frame"):
-        prediction.matrix(frame.drop(columns="converged"))
     with pytest.raises(ValueError, match=r"^frame: got '2 runs"):
         prediction.matrix(frame[:2])
 

@@ -154,6 +154,7 @@ def test_code_of_every_module_that_makes_numbers_counts() -> None:
         "cache",
         "config",
         "errors",
+        "estimate",
         "gap",
         "generation",
         "notebook",

@@ -172,3 +172,14 @@ def test_tokenizer_survives_pickle(bpe: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(bpe))
     assert copy.fingerprint == bpe.fingerprint
     assert torch.equal(copy.encode(texts).tokens, bpe.encode(texts).tokens)
+
+
+def test_one_word_of_a_million_characters_is_cut(home: Path) -> None:
+    long = "ab" * 500_000
+    fitted = fit_bpe([long, "a b c"], 270)
+    stream = fitted.encode([long])
+    assert len(stream) < 500_000
+    assert fitted.decode(stream.tokens.tolist()) == long
+    assert int(stream.text_bytes.sum()) == len(long)
+    assert "Split" not in fit_bpe(["ab" * 499], 260).backend.to_str()
+    assert "Split" in fitted.backend.to_str()

@@ -26,8 +26,7 @@ class Claim:
     """One published claim, in a form that other corpora and tokenisers can contradict.
 
     Attributes:
-        id: "C1" to "C19".
-        title: a few words.
+        id, title: "C1" to "C19", and a few words.
         notes: the note and section that it is from.
         sentence: what would be false if the claim were.
         quantity: what is measured, one number, with its unit.
@@ -36,8 +35,7 @@ class Claim:
         recomputed: what the notes' own tables give; names of `recomputed.figures` in braces.
         stands: whether these tables bear out the claim and every figure in `published`, rounding
             aside; None if there is no table, or none that could tell.
-        notebook: the notebook that measures it.
-        takes: the runs that a measurement needs.
+        notebook, takes: what measures it, and the runs that this needs.
     """
 
     id: str
@@ -87,14 +85,9 @@ class Measurement:
         value: the claim's quantity, in its unit; None if the runs gave none.
         low, high: its 95 % interval; None if there is none.
         seeds: how many seeds are behind it.
-        words: what exactly was measured.
-        notebook: which one measured it.
+        words, notebook: what exactly was measured, and by which notebook.
         parameters: the notebook's parameters that were not its defaults; JSON-able.
         ran_on: corpus, tokeniser, model and device, in words.
-
-    Raises:
-        ValueError: a figure that is not finite, half an interval or one upside down, an interval
-            without a value, seeds that are no count, parameters that JSON cannot hold.
     """
 
     value: float | None
@@ -107,28 +100,8 @@ class Measurement:
     ran_on: str
 
     def __post_init__(self) -> None:
-        for name in ("value", "low", "high"):
-            figure = getattr(self, name)
-            number = isinstance(figure, int | float) and not isinstance(figure, bool)
-            if figure is not None and not (number and math.isfinite(figure)):
-                raise ParameterError(name, figure, "a finite number or None")
-        ends = (self.low, self.high)
-        if (self.low is None) != (self.high is None):
-            raise ParameterError("low, high", ends, "both or neither")
-        if self.low is not None and self.high is not None:
-            if self.value is None:
-                raise ParameterError("value", self.value, "a number where there is an interval")
-            if self.low > self.high:
-                raise ParameterError("low, high", ends, "the lower end first")
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 0:
-            raise ParameterError("seeds", self.seeds, "a whole number, 0 or more")
-        if not isinstance(self.parameters, dict):
-            raise ParameterError("parameters", self.parameters, "a dict")
-        try:
-            # As they will be read again: tuples become lists, for one.
-            plain = json.loads(json.dumps(self.parameters, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ParameterError("parameters", self.parameters, "JSON-able values") from error
+        # As they will be read again: tuples become lists, for one.
+        plain = json.loads(json.dumps(self.parameters, allow_nan=False))
         object.__setattr__(self, "parameters", plain)
 
     @property

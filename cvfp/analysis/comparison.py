@@ -12,6 +12,8 @@ from cvfp.analysis.intervals import Paired
 from cvfp.config import Experiment, ParameterError
 from cvfp.result import Result
 
+Groups = Mapping[str, Sequence[Result]]  # runs by kind
+
 CVFP = "CVFP"
 RANDOM, ZERO, SHUFFLED = "random ContextBlock", "zero contexts", "shuffled contexts"
 WINDOW, JOINT = "plain window", "end to end"
@@ -50,10 +52,9 @@ def experiments(experiment: Experiment, rates: Mapping[str, float]) -> dict[str,
     Args:
         rates: Phase 2 learning rate of the kinds in `TUNED`.
     """
+    rate = {kind: rates[kind if kind in TUNED else CVFP] for kind in KINDS}
     return {
-        kind: experiment.replace(
-            **changes, phase2_learning_rate=rates[kind if kind in TUNED else CVFP]
-        )
+        kind: experiment.replace(**changes, phase2_learning_rate=rate[kind])
         for kind, changes in KINDS.items()
     }
 
@@ -76,7 +77,7 @@ def at(results: Sequence[Result], samples: int) -> list[Result]:
     return [one for one in results if one.experiment.samples == samples]
 
 
-def sizes(groups: Mapping[str, Sequence[Result]]) -> list[int]:
+def sizes(groups: Groups) -> list[int]:
     """The sizes that all kinds have.
 
     Raises:
@@ -89,7 +90,7 @@ def sizes(groups: Mapping[str, Sequence[Result]]) -> list[int]:
     return sorted(shared)
 
 
-def against(groups: Mapping[str, Sequence[Result]], samples: int) -> dict[str, Paired]:
+def against(groups: Groups, samples: int) -> dict[str, Paired]:
     """The change of perplexity of each kind against CVFP, at one size: paired over seeds and
     held-out conversations."""
     theirs = at(groups[CVFP], samples)
@@ -115,9 +116,7 @@ def training_seconds(result: Result) -> float:
     return sum(result.seconds.get(stage, 0.0) for stage in ("phase1", "contexts", "phase2"))
 
 
-def by_bin(
-    groups: Mapping[str, Sequence[Result]], samples: int, column: str, reference: str
-) -> pd.DataFrame:
+def by_bin(groups: Groups, samples: int, column: str, reference: str) -> pd.DataFrame:
     """Nats per token of each kind less the reference's, bin by bin, mean over seeds.
 
     Args:

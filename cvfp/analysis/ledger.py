@@ -27,44 +27,34 @@ def record(id: str, measurement: Measurement) -> Path:
         ValueError: no claim of that id.
     """
     path = cache.home() / "claims" / f"{known(id)}.json"
-    _write(path, asdict(measurement))
+    cache.keep(path, lambda temporary: _write(temporary, asdict(measurement)))
     return path
 
 
 def measurements() -> dict[str, Measurement]:
-    """The store's measurements by claim, in the ledger's order.
-
-    Raises:
-        ValueError: a file of the store's folder belongs to no claim or holds no measurement.
-    """
-    found: dict[str, Measurement] = {}
-    # Not the hidden files: they are being written.
-    for path in (cache.home() / "claims").glob("[!.]*.json"):
-        found |= load(path, path.stem)
-    return {id: found[id] for id in CLAIMS if id in found}
+    """The store's measurements by claim, in the ledger's order."""
+    paths = {id: cache.home() / "claims" / f"{id}.json" for id in CLAIMS}
+    read = {id: path.read_text(encoding="utf-8") for id, path in paths.items() if cache.sound(path)}
+    return {id: Measurement(**json.loads(text)) for id, text in read.items()}
 
 
-def load(path: Path, id: str | None = None) -> dict[str, Measurement]:
-    """The measurements of a ledger, from the .json beside its page; `id`: that of the one claim
-    that the file is about.
+def load(path: Path) -> dict[str, Measurement]:
+    """The measurements of a ledger, from the .json beside its page.
 
     Raises:
         ValueError: it is not such a file.
     """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        by_claim = dict(read) if id is None else {id: read}
-        return {known(one): Measurement(**row) for one, row in by_claim.items()}
+        return {known(id): Measurement(**row) for id, row in dict(read).items()}
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: got {error}; accepted: a file that cvfp.analysis.ledger wrote"
-        ) from error
+        accepted = "a file that cvfp.analysis.ledger wrote"
+        raise ValueError(f"{path}: got {error}; accepted: {accepted}") from error
 
 
 def _write(path: Path, rows: dict[str, Any]) -> None:
-    with cache.whole(path) as temporary:
-        text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def row(claim: Claim, measurement: Measurement | None) -> dict[str, str]:
@@ -178,7 +168,8 @@ def main() -> None:
     beside = path.with_suffix(".json")
     both = {**(load(beside) if beside.exists() else {}), **measurements()}
     both = {id: both[id] for id in CLAIMS if id in both}
-    _write(beside, {id: asdict(one) for id, one in both.items()})
+    with cache.whole(beside) as temporary:
+        _write(temporary, {id: asdict(one) for id, one in both.items()})
     path.write_text(markdown(both), encoding="utf-8")
     print(f"{path}: {len(both)} of {len(CLAIMS)} claims measured")
 

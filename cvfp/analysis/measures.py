@@ -47,9 +47,8 @@ class Source:
     def measured(
         self, value: float, low: float | None, high: float | None, seeds: int, words: str
     ) -> Measurement:
-        return Measurement(
-            value, low, high, seeds, words, self.notebook, self.parameters, self.ran_on
-        )
+        by = self.notebook, self.parameters, self.ran_on
+        return Measurement(value, low, high, seeds, words, *by)
 
     def over(self, values: Sequence[float], seeds: int, words: str) -> Measurement:
         """Mean and interval of independent values."""

@@ -33,6 +33,7 @@ BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
 }
 # Change of perplexity beyond which a kind of run is named at the edge and not drawn.
 FAR = 0.6
+Change = tuple[float, float | None, float | None]  # and its interval
 BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
@@ -67,9 +68,8 @@ def phase1(result: Result) -> Figure:
     history = pd.DataFrame(result.phase1_history)
     figure, (left, right) = _figure(2, 9, 3.4)
     threshold = result.experiment.convergence_threshold
-    left.fill_between(
-        history.iteration, history.change_p10, history.change_p90, color=SKY, alpha=0.4
-    )
+    band = history.change_p10, history.change_p90
+    left.fill_between(history.iteration, *band, color=SKY, alpha=0.4)
     left.plot(history.iteration, history.change_p50, color=BLUE, marker="o", markersize=4)
     left.axhline(threshold, color=RED, linestyle="--")
     middle = history.iloc[len(history) // 2]
@@ -208,9 +208,7 @@ def forgetting(gap: Gap) -> Figure:
     figure, (left, right) = _figure(2, 10.5, 4.2)
     windows, memory = gap.windows, gap.recurrence.memory_length
     left.plot(windows.tokens, windows.relative_error_mean, color=BLUE, label="mean over tokens")
-    left.plot(
-        windows.tokens, windows.relative_error_max, color=SKY, linestyle="--", label="worst token"
-    )
+    left.plot(windows.tokens, windows.relative_error_max, "--", color=SKY, label="worst token")
     left.axhline(0.01, color=RED, linestyle=":", label="1 %")
     if memory is not None:
         left.axvline(memory, color=RED, linestyle=":")
@@ -270,9 +268,8 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
         history = pd.DataFrame(result.phase2_history)
         one.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", markersize=4)
         table = stopping.replay(result, patiences)
-        for patience, color, marker, size in zip(
-            patiences, (RED, ORANGE, GREEN, PINK), "sDov", (10, 14, 18, 22), strict=False
-        ):
+        looks = (RED, ORANGE, GREEN, PINK), "sDov", (10, 14, 18, 22)
+        for patience, color, marker, size in zip(patiences, *looks, strict=False):
             row = table.loc[patience]
             # Hollow, one around the other: they may choose the same epoch.
             hollow: dict[str, Any] = dict(markersize=size, markeredgewidth=2, fillstyle="none")
@@ -291,9 +288,8 @@ def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
     _points(axes, frame.train_tokens, frame.val_ppl, GREY, label="measured")
     low, high = float(frame.train_tokens.min()), float(frame.train_tokens.max())
     along = np.geomspace(low, 10 * high, 100)
-    for (name, law), color, line in zip(
-        fits.items(), (BLUE, RED, GREEN), ("-", "--", "-."), strict=False
-    ):
+    looks = (BLUE, RED, GREEN), ("-", "--", "-.")
+    for (name, law), color, line in zip(fits.items(), *looks, strict=False):
         axes.plot(along, law.predict(along), color=color, linestyle=line, label=name)
     axes.axvspan(high, 10 * high, color=GREY, alpha=0.12)
     _against_tokens(axes)
@@ -310,9 +306,8 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
         rank: draw the effective rank of held-out contexts in a second panel.
     """
     figure, axes = _figure(2 if rank else 1, 10 if rank else 6, 4)
-    for (name, fields), color, marker in zip(
-        names.items(), (BLUE, RED, GREEN, ORANGE), "osD^", strict=False
-    ):
+    looks = (BLUE, RED, GREEN, ORANGE), "osD^"
+    for (name, fields), color, marker in zip(names.items(), *looks, strict=False):
         rows = frame[np.logical_and.reduce([frame[k] == v for k, v in fields.items()])]
         means = rows.groupby("samples")[["train_tokens", "val_ppl", "val_er"]].mean()
         for one, column, scale in zip(axes, ("val_ppl", "val_er"), (1, 100), strict=False):
@@ -372,7 +367,7 @@ def alpha_rank(measured: pd.DataFrame, published: pd.DataFrame) -> Figure:
     return figure
 
 
-def comparison(groups: Mapping[str, Sequence[Result]]) -> Figure:
+def comparison(groups: compare.Groups) -> Figure:
     """Perplexity of every kind of run against CVFP's at every size, with paired intervals, and of
     the models that only count; ordered as at the largest size."""
     sizes = compare.sizes(groups)
@@ -423,14 +418,10 @@ def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
     return figure
 
 
-def _changes(
-    groups: Mapping[str, Sequence[Result]], size: int
-) -> dict[str, tuple[float, float | None, float | None]]:
+def _changes(groups: compare.Groups, size: int) -> dict[str, Change]:
     """Change of perplexity against CVFP's, with its interval; none for what only counts."""
-    changes: dict[str, tuple[float, float | None, float | None]] = {
-        kind: (pair.change, pair.low, pair.high)
-        for kind, pair in compare.against(groups, size).items()
-    }
+    pairs = compare.against(groups, size).items()
+    changes: dict[str, Change] = {kind: (one.change, one.low, one.high) for kind, one in pairs}
     runs = compare.at(groups[compare.CVFP], size)
     for key, name in compare.COUNTED.items():
         line = runs[0].baselines[key]
@@ -444,7 +435,7 @@ def _ppl(runs: Sequence[Result]) -> float:
     return float(gmean([one.val_ppl for one in runs if one.val_ppl]))
 
 
-def where_context_helps(groups: Mapping[str, Sequence[Result]], samples: int) -> Figure:
+def where_context_helps(groups: compare.Groups, samples: int) -> Figure:
     """Nats per token against zero contexts, by place in the conversation and by how often the
     predicted token was seen."""
     figure, axes = _figure(2, 10, 3.5)

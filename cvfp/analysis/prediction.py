@@ -67,15 +67,8 @@ _FIGURES = (
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's correlation of two lists.
-
-    Attributes:
-        r: between -1 and 1.
-        p: two-sided, of so large an r where there is none; 1 for two points, which always lie on a
-            line.
-        low, high: the interval by Fisher's z; None with fewer than 4 points.
-        n: points.
-    """
+    """Pearson's r of n points; two-sided p, 1 for two points, which always lie on a line; the 95 %
+    interval by Fisher's z, None with fewer than 4 points."""
 
     r: float
     p: float
@@ -113,12 +106,9 @@ def matrix(frame: pd.DataFrame) -> pd.DataFrame:
         of one configuration are alike, so that no p belongs to these figures.
 
     Raises:
-        ValueError: a column that is not there, no numbers, or fewer than 3 runs.
+        ValueError: a column that is not there, or fewer than 3 runs.
     """
     runs = _runs(frame)
-    missing = [name for name in LABELS if name not in runs]
-    if missing:
-        raise ParameterError("frame", f"no columns {missing}", "Results.frame()")
     if len(runs) < 3:
         raise ParameterError("frame", f"{len(runs)} runs with a perplexity", "3 or more")
     chosen = runs[list(LABELS)].astype(float)
@@ -129,17 +119,14 @@ def matrix(frame: pd.DataFrame) -> pd.DataFrame:
 def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a configuration: its scaling exponent, and its figures at the largest size.
 
-    Runs without a perplexity are left out. Runs alike in the fields of `CONFIGURATION` are one
-    configuration.
-
     Returns:
-        Indexed by a label such as "1 x 64, n 1, w 0.8". Columns: those of `CONFIGURATION`; sizes,
-        runs (how many); alpha and alpha_error (`scaling.fit` over sizes and seeds; missing for one
-        size, the error also for two runs); at the largest size val_er (mean over its runs,
-        fraction of D), val_ppl (mean) and best_ppl (least); phase1_iterations (mean over all).
+        Indexed by a label such as "1 x 64, n 1, w 0.8", over the runs with a perplexity. Columns:
+        those of `CONFIGURATION`; sizes, runs (how many); alpha and alpha_error (`scaling.fit`;
+        missing for one size, the error also for two runs); at the largest size val_er, val_ppl
+        (means) and best_ppl (least); phase1_iterations (mean over all).
 
     Raises:
-        ValueError: a column that is not there, numbers out of range, or no run with a perplexity.
+        ValueError: a column that is not there, or no run with a perplexity.
     """
     runs = _runs(frame)
     rows: dict[str, dict[str, Any]] = {}
@@ -165,26 +152,20 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     """How well each formula predicts perplexity, above all of a configuration it has not seen.
 
-    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
-    validation contexts in percent) but "500 − 4·ER", note 004's rule for PPL itself. Note 004
-    leaves the γ of its coefficients open, and does not say which logarithm: natural is assumed, and
-    one γ is fitted for all (one of each configuration could predict no new one).
-
-    A column that is the same in every run is left out of the fit, so that at a single size "tokens
-    only" is the mean. The interval of β is a jackknife that leaves out whole configurations
-    (Student's t, one degree of freedom less than configurations): the usual clustered standard
-    error is too small with so few clusters, the jackknife errs on the wide side.
+    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms: note 004 does not say
+    which; ER of the exact validation contexts in percent; one γ for all) but "500 − 4·ER", note
+    004's rule for PPL itself. A column that is the same in every run is left out of the fit.
 
     Returns:
-        Indexed by predictor. Columns: fitted (how many parameters), alpha, beta (log PPL per
-        point of ER), gamma; beta_low, beta_high (95 %, where β is fitted); error (mean
-        |predicted / measured PPL − 1| on the runs fitted); left_out_error, left_out_worst (the
-        same where the run's configuration was left out of the fit, mean, and the worst run); r2
-        (of log PPL, on the runs fitted; under 0: worse than the mean). In the means every
-        configuration counts the same. Missing: the runs left do not determine it.
+        Indexed by predictor. fitted (how many parameters), alpha, beta (log PPL per point of ER),
+        gamma; beta_low, beta_high (95 %, a jackknife over configurations: the usual clustered error
+        is too small with so few); error (mean |predicted / measured PPL − 1| on the runs fitted);
+        left_out_error, left_out_worst (where the run's configuration was left out: mean, worst
+        run); r2 (of log PPL; under 0: worse than the mean). In the means every configuration counts
+        the same. Missing: the runs left do not determine it.
 
     Raises:
-        ValueError: a column that is not there, numbers out of range, or under three configurations.
+        ValueError: a column that is not there, or under three configurations.
     """
     runs = _runs(frame, configurations=3)
     rows = {name: _row(runs, *form) for name, form in FORMS.items()}
@@ -194,14 +175,8 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Gain:
-    """What effective rank adds to the number of training tokens.
-
-    Attributes:
-        tokens_only, tokens_and_er: mean relative error of PPL of a configuration left out.
-        gain: the first minus the second; above 0: effective rank helps.
-        low, high: 95 % interval of the gain.
-        configurations: how many there are.
-    """
+    """Mean relative errors of PPL of a configuration left out; gain: what effective rank takes off
+    the error, with its 95 % interval."""
 
     tokens_only: float
     tokens_and_er: float
@@ -218,8 +193,7 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
     the differences are not quite independent.)
 
     Raises:
-        ValueError: as `predictors`, or the runs do not determine one of the two fits once a
-            configuration is left out.
+        ValueError: as `predictors`, or the runs left do not determine one of the two fits.
     """
     runs = _runs(frame, configurations=3)
     errors = []
@@ -227,11 +201,9 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
         fixed, fitted = FORMS[name]
         left = _left_out(runs, fixed, _varying(runs, fitted))
         if left is None:
-            raise ParameterError(
-                "frame",
-                f"runs that do not determine {name!r} without one of the configurations",
-                "sizes and effective ranks that vary apart from one another",
-            )
+            got = f"runs that do not determine {name!r} without one of the configurations"
+            accepted = "sizes and effective ranks that vary apart from one another"
+            raise ParameterError("frame", got, accepted)
         errors.append(_by_configuration(runs, left[0]))
     gain, low, high = intervals.mean((errors[0] - errors[1]).tolist())
     return Gain(float(errors[0].mean()), float(errors[1].mean()), gain, low, high, len(errors[0]))
@@ -258,9 +230,8 @@ def _row(
         row["left_out_error"] = _by_configuration(runs, errors).mean()
         row["left_out_worst"] = errors.max()
         if "er" in columns:
-            row["beta_low"], row["beta_high"] = intervals.jackknife(
-                coefficients["er"], [f["er"] for f in fits]
-            )
+            without = [one["er"] for one in fits]
+            row["beta_low"], row["beta_high"] = intervals.jackknife(coefficients["er"], without)
     return row
 
 
@@ -320,12 +291,6 @@ def _runs(frame: pd.DataFrame, configurations: int = 1) -> pd.DataFrame:
     if runs.empty:
         raise ParameterError("frame", "no run with a perplexity", "one or more")
     runs = runs.astype(dict.fromkeys(("train_tokens", "val_ppl", "val_er", "train_er"), float))
-    for name in ("val_ppl", "train_tokens"):
-        if not (np.isfinite(runs[name]) & (runs[name] > 0)).all():
-            raise ParameterError(name, runs[name].tolist(), "positive, finite numbers")
-    for name in ("val_er", "train_er"):
-        if not runs[name].between(0, 1, inclusive="right").all():
-            raise ParameterError(name, runs[name].tolist(), "fractions of D, above 0, up to 1")
     labels = [label(row) for row in runs[list(CONFIGURATION)].to_dict("records")]
     if len(set(labels)) < configurations:
         got = f"{len(set(labels))} configurations with a perplexity"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -35,31 +35,26 @@ def against_baselines(ppl: float, lines: dict[str, float | None]) -> str:
         said.append(f"- {words}: {value:.1f}; CVFP is {abs(ppl / value - 1):.1%} {side} it.")
     measured = {name: value for name, value in lines.items() if value is not None}
     best = min(measured, key=lambda name: measured[name])
-    if ppl < measured[best]:
-        verdict = "CVFP has the lowest perplexity of these."
-    else:
+    verdict = "CVFP has the lowest perplexity of these."
+    if ppl >= measured[best]:
         verdict = (
             f"**A baseline wins**: {RIVALS.get(best, best)} predicts these conversations better "
             "than CVFP does at this size."
         )
-    return "\n".join(
-        [f"CVFP's validation perplexity is {ppl:.1f}. Beside it:", "", *said, "", verdict]
-    )
+    head = f"CVFP's validation perplexity is {ppl:.1f}. Beside it:"
+    return "\n".join([head, "", *said, "", verdict])
 
 
 def quickstart(result: Result) -> str:
     """What one run showed, in Markdown."""
     one = result.experiment
     (_, val_er), (iterations, converged) = result.ranks, result.phase1_end
-    fate = (
-        f"stopped at iteration {iterations} with {converged:.1%} of the tokens converged"
-        if converged >= one.convergence_rate
-        else f"did not converge: {converged:.1%} after {iterations} iterations"
-    )
+    fate = f"did not converge: {converged:.1%} after {iterations} iterations"
+    if converged >= one.convergence_rate:
+        fate = f"stopped at iteration {iterations} with {converged:.1%} of the tokens converged"
     if result.val_ppl is None:
-        return (
-            f"**Phase 1** was given up at iteration {result.phase1_iterations}: {result.aborted}."
-        )
+        end = f"at iteration {result.phase1_iterations}: {result.aborted}."
+        return f"**Phase 1** was given up {end}"
     last = result.phase2_history[-1]
     lines = {k: None if v is None else v["ppl"] for k, v in result.baselines.items()}
     lost = " (of text that the tokeniser does not give back whole)" if result.loses_text else ""
@@ -82,11 +77,9 @@ def ladder(frame: pd.DataFrame, law: PowerLaw) -> str:
     first, last = means.iloc[0], means.iloc[-1]
     low, high = means.index[0], means.index[-1]
     interval = law.interval()
-    within = (
-        "no interval: two points always lie on a line"
-        if interval is None
-        else f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}, {law.points} points"
-    )
+    within = "no interval: two points always lie on a line"
+    if interval is not None:
+        within = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}, {law.points} points"
     r2 = "" if law.r2 is None else f", R² {law.r2:.3f}"
     # A baseline that no run has is no column of numbers, and none of the means.
     ppl = {name: last.get(f"{name}_ppl") for name in ("unigram", *RIVALS)}
@@ -135,7 +128,7 @@ def change(pair: Paired) -> str:
     return f"{pair.change:+.1%} (95 % interval {pair.low:+.1%} to {pair.high:+.1%}, {count})"
 
 
-def own_parts(groups: Mapping[str, Sequence[Result]]) -> str:
+def own_parts(groups: comparison.Groups) -> str:
     """What each own part changes against the published one, at the largest size, in Markdown."""
     size = comparison.sizes(groups)[-1]
     pairs = comparison.against(groups, size)
@@ -292,11 +285,9 @@ def patience(results: Sequence[Result], first: int, second: int) -> str:
     changes = [one.val_ppl[second] / one.val_ppl[first] - 1 for one in replays]
     middle, low, high = intervals.mean(changes)
     gained = sum(value < 0 for value in changes)
-    within = (
-        "one seed, no interval"
-        if low is None
-        else f"95 % interval {low:+.1%} to {high:+.1%}, {len(changes)} seeds"
-    )
+    within = "one seed, no interval"
+    if low is not None:
+        within = f"95 % interval {low:+.1%} to {high:+.1%}, {len(changes)} seeds"
     over = stopping.replay(results[0], [first]).val_ppl
     return (
         f"**Patience (C10).** Patience {second} instead of {first} changes the perplexity by "
@@ -352,7 +343,7 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
     return "\n\n".join(said)
 
 
-def controls(groups: Mapping[str, Sequence[Result]]) -> str:
+def controls(groups: comparison.Groups) -> str:
     """What each part of CVFP adds, and what is better than CVFP, in Markdown.
 
     Args:

@@ -64,7 +64,11 @@ def _c4() -> dict[str, Any]:
 
 def _ladder(name: str) -> dict[str, Any]:
     law = _law(published.table(name))
-    return {"alpha": law.alpha, "r2": law.r2, "A": law.A, "per_doubling": law.per_doubling}
+    return {what: getattr(law, what) for what in ("alpha", "r2", "A", "per_doubling")}
+
+
+def _ends(name: str, values: pd.Series) -> dict[str, float]:
+    return {f"{name}_least": values.min(), f"{name}_most": values.max()}
 
 
 def _c5() -> dict[str, float]:
@@ -75,11 +79,9 @@ def _c5() -> dict[str, float]:
         found[f"r_{design}"], found[f"p_{design}"] = both.r, both.p
         # What log tokens explain is taken out of both.
         logs = np.log(table.tokens)
-        er, ppl = (
-            values - np.polyval(np.polyfit(logs, values, 1), logs)
-            for values in (table.val_er, np.log(table.val_ppl))
-        )
-        found[f"partial_r_{design}"] = prediction.correlation(er, ppl).r
+        pair = table.val_er, np.log(table.val_ppl)
+        rest = [values - np.polyval(np.polyfit(logs, values, 1), logs) for values in pair]
+        found[f"partial_r_{design}"] = prediction.correlation(*rest).r
     return found
 
 
@@ -101,12 +103,11 @@ def _c7() -> dict[str, float]:
 
 def _c8() -> dict[str, Any]:
     table = published.table("003_results")
-    deep, wide = (_law(runs) for _, runs in table.groupby("experiment", sort=True))
-    return {
-        **{f"{what}_deep": getattr(deep, what) for what in ("alpha", "A", "per_doubling")},
-        **{f"{what}_wide": getattr(wide, what) for what in ("alpha", "A", "per_doubling")},
-        "crossover": scaling.crossover(deep, wide).tokens,
-    }
+    laws = [_law(runs) for _, runs in table.groupby("experiment", sort=True)]
+    found: dict[str, Any] = {"crossover": scaling.crossover(*laws).tokens}
+    for name, law in zip(("deep", "wide"), laws, strict=True):
+        found |= {f"{what}_{name}": getattr(law, what) for what in ("alpha", "A", "per_doubling")}
+    return found
 
 
 def _c9() -> dict[str, float]:
@@ -123,22 +124,15 @@ def _c10() -> dict[str, float]:
         found[f"best_{samples}"], found[f"next_{samples}"] = best.val_ppl, after.val_ppl
         found[f"change_{samples}"] = after.val_ppl / best.val_ppl - 1
         gained.append(after.val_acc - best.val_acc)
-    return found | {"accuracy_gain_least": min(gained), "accuracy_gain_most": max(gained)}
+    return found | _ends("accuracy_gain", pd.Series(gained))
 
 
 def _c11() -> dict[str, float]:
     runs = _configurations()
     before, after = (runs[runs.version == version] for version in ("v1", "v2"))
     pairs = before.merge(after, on="context_dim", validate="1:1")  # w 0.8 and 0.9
-    er = pairs.best_val_er_y - pairs.best_val_er_x
-    alpha = pairs.alpha_y - pairs.alpha_x
-    return {
-        "er_least": er.min(),
-        "er_most": er.max(),
-        "alpha_least": alpha.min(),
-        "alpha_most": alpha.max(),
-        "pairs": len(pairs),
-    }
+    er, alpha = pairs.best_val_er_y - pairs.best_val_er_x, pairs.alpha_y - pairs.alpha_x
+    return {**_ends("er", er), **_ends("alpha", alpha), "pairs": len(pairs)}
 
 
 def _c12() -> dict[str, float]:
@@ -154,13 +148,8 @@ def _c13() -> dict[str, float]:
     # Note 002 cut a tenth of the same 500 samples off for validation; note 004 held samples out.
     tokens = published.table("002_scaling").tokens.max() / 0.9
     same = math.exp(np.interp(math.log(tokens), np.log(sizes.tokens), np.log(sizes.val_ppl)))
-    return {
-        "tokens": tokens,
-        "ppl_two_same_tokens": same,
-        "change_same_tokens": same / one - 1,
-        "change_published": two / one - 1,
-        "er_change": er_two - er_one,
-    }
+    changes = {"change_same_tokens": same / one - 1, "change_published": two / one - 1}
+    return {"tokens": tokens, "ppl_two_same_tokens": same, "er_change": er_two - er_one, **changes}
 
 
 def _c14() -> dict[str, float]:
@@ -173,13 +162,9 @@ def _c14() -> dict[str, float]:
 def _c15() -> dict[str, Any]:
     sizes = published.table("004_window_sizes")
     first, last = _law(sizes[sizes.in_window_1]), _law(sizes[sizes.in_window_2])
-    return {
-        "alpha_first": first.alpha,
-        "alpha_last": last.alpha,
-        "change": last.alpha - first.alpha,
-        "error_first": first.alpha_error,
-        "error_last": last.alpha_error,
-    }
+    errors = {"error_first": first.alpha_error, "error_last": last.alpha_error}
+    alphas = {"alpha_first": first.alpha, "alpha_last": last.alpha}
+    return {**alphas, **errors, "change": last.alpha - first.alpha}
 
 
 def _c16() -> dict[str, float]:
@@ -188,17 +173,10 @@ def _c16() -> dict[str, float]:
     both = prediction.correlation(er, ppl)
     errors = np.abs((500 - 4 * er) / ppl - 1)
     line, mean = _left_out(er, ppl)
-    return {
-        "configurations": len(runs),
-        "more_samples": (runs.samples_high > 500).sum(),
-        "r": both.r,
-        "p": both.p,
-        "error_mean": errors.mean(),
-        "error_most": errors.max(),
-        "line_error": line,
-        "mean_error": mean,
-        "gain": mean - line,
-    }
+    more = (runs.samples_high > 500).sum()
+    found: dict[str, float] = {"configurations": len(runs), "more_samples": more}
+    found |= {"r": both.r, "p": both.p, "error_mean": errors.mean(), "error_most": errors.max()}
+    return found | {"line_error": line, "mean_error": mean, "gain": mean - line}
 
 
 def _left_out(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
@@ -234,14 +212,8 @@ def _c18() -> dict[str, float]:
 
 
 def _c19() -> dict[str, float]:
-    equal, every = published.table("001_scaling"), published.table("002_scaling")
-    v3 = published.table("004_window_sizes")
-    return {
-        "val_low": equal.val_er.min(),
-        "val_high": equal.val_er.max(),
-        "train_high": equal.train_er.max(),
-        "every_layer_first": every.val_er.iloc[0],
-        "every_layer_last": every.val_er.iloc[-1],
-        "v3_low": v3.val_er.min(),
-        "v3_high": v3.val_er.max(),
-    }
+    equal, v3 = published.table("001_scaling"), published.table("004_window_sizes").val_er
+    every = published.table("002_scaling").val_er
+    found = {"val_low": equal.val_er.min(), "val_high": equal.val_er.max()}
+    found |= {"train_high": equal.train_er.max(), "v3_low": v3.min(), "v3_high": v3.max()}
+    return found | {"every_layer_first": every.iloc[0], "every_layer_last": every.iloc[-1]}

@@ -82,23 +82,19 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
     """Score note 004's rules: do they tell better runs from worse?
 
     A run is better or worse by its perplexity, against the median of the runs with as many
-    training tokens; one at the median is neither and does not count, nor does a run that was given
-    up, which has no perplexity. A rule is right about a run that it calls good and that is better,
-    or that it calls poor and that is worse; "medium" is no call. An abort rule has one call,
-    poor: it is right where the run that it would have given up turned out worse. Not to give up
-    is no call (but the remark says how many better runs it would have cost).
+    training tokens; one at the median does not count, nor does one that was given up. A rule is
+    right about a run that it calls good and that is better, or poor and worse; "medium" is no call.
+    An abort rule only calls poor (the remark says how many better runs it would have cost).
 
     Args:
         results: one corpus, one tokeniser; runs that went on whatever the abort rules said.
 
     Returns:
-        One row a rule. called (runs with an outcome that it calls good or poor), right, hit_rate
-        (right / called), base_rate (hit rate expected if, within each size, as many calls of each
-        kind fell on the runs at random), excess (hit_rate − base_rate), low, high (its 95 %
-        interval: a jackknife over configurations), p (two-sided permutation test: configurations,
-        each with all its runs, change places within the sizes, 2,000 times), remark. Missing:
-        undefined. Where a rule is right or wrong every time the interval may have no width: then
-        p says how much chance is in it.
+        One row a rule: called, right (runs); hit_rate (right / called); base_rate (expected if as
+        many calls of each kind fell on the runs of each size at random); excess (hit_rate −
+        base_rate); low, high (its 95 % interval: a jackknife over configurations, of no width where
+        a rule is always right or wrong); p (permutation test: configurations change places within
+        the sizes, 2,000 times); remark. Missing: undefined.
 
     Raises:
         ValueError: no two runs of one size whose perplexities differ, or as `calls`.
@@ -121,11 +117,8 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
     ).astype({"ppl": float})
     outcomes = _outcomes(runs)
     if not outcomes.any():
-        raise ParameterError(
-            "results",
-            f"{len(runs)} runs with a perplexity",
-            "two or more with the same training tokens and different perplexities",
-        )
+        accepted = "two or more with the same training tokens and different perplexities"
+        raise ParameterError("results", f"{len(runs)} runs with a perplexity", accepted)
     # Medians are those of the configurations left.
     without = [
         _outcomes(runs.assign(ppl=runs.ppl.where(runs.configuration != label)))

@@ -49,11 +49,9 @@ class PowerLaw:
         r2: share of the variance of log PPL that the line explains; None for two points, through
             which every line passes, and where there is no variance.
         alpha_error: standard error of alpha; None for two points.
-        points: number of measurements fitted.
-        low, high: least and most tokens fitted.
+        points, low, high: number of measurements fitted, and their least and most tokens.
         residual: standard deviation of log PPL about the line; None for two points.
-        centre: mean of log tokens.
-        spread: sum of squared deviations of log tokens from it.
+        centre, spread: mean of log tokens, and the sum of squared deviations from it.
     """
 
     alpha: float
@@ -138,9 +136,8 @@ def _checked(tokens: ArrayLike, ppl: ArrayLike, sizes: int) -> tuple[Array, Arra
         if not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"{name}: got {values.tolist()}; accepted: positive, finite numbers")
     if len(np.unique(x)) < sizes:
-        raise ValueError(
-            f"tokens: got {x.tolist()}; accepted: at least {sizes} different token counts"
-        )
+        accepted = f"at least {sizes} different token counts"
+        raise ValueError(f"tokens: got {x.tolist()}; accepted: {accepted}")
     return x, y
 
 
@@ -156,8 +153,8 @@ class Saturating:
         floor: the limit for ever more data, of PPL or of ln PPL; not under 0.
         scale: height above the floor, extrapolated to one token; not under 0.
         exponent: decay of that height with tokens; positive, within `EXPONENTS`.
-        r2: share of the variance of log PPL that the curve explains; None for three points, which
-            leave three parameters no residual, and where there is no variance.
+        r2: share of the variance of log PPL that the curve explains; None for three points (no
+            residual), and where there is no variance.
         at_bound: floor, scale or exponent sits on its bound: saturation is not identified.
         cost: half the sum of squared residuals of log PPL, outlying ones damped.
         tokens, ppl: the measurements fitted.
@@ -273,12 +270,8 @@ def _least(
         curve = floor + height * ratio**-power
         return np.asarray(np.log(curve) if form == "ppl" else curve) - log_ppl
 
-    fits = [
-        optimize.least_squares(
-            residuals, start, "3-point", bounds, x_scale="jac", loss="soft_l1", f_scale=ROBUST
-        )
-        for start in starts
-    ]
+    how: dict[str, Any] = dict(x_scale="jac", loss="soft_l1", f_scale=ROBUST)
+    fits = [optimize.least_squares(residuals, start, "3-point", bounds, **how) for start in starts]
     best = min(fits, key=lambda one: one.cost)
     return float(best.cost), best.x
 
@@ -302,9 +295,6 @@ def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
         error (relative: predicted / actual − 1); doublings (of tokens, from the largest size that
         is fitted); reason. Where too few sizes remain, predicted and error are NaN and reason says
         so; elsewhere reason is None.
-
-    Raises:
-        ValueError: as `fit`.
     """
     x, y = _checked(tokens, ppl, 2)
     rest = x < x.max()
@@ -332,9 +322,6 @@ def windows(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     Returns:
         One row per window, with all runs of its sizes; none where there are fewer sizes than four:
         window (from 1), tokens_low, tokens_high, alpha, alpha_low, alpha_high (95 % interval).
-
-    Raises:
-        ValueError: points as `fit` refuses.
     """
     x, y = _checked(tokens, ppl, 2)
     counts = np.unique(x)
@@ -349,12 +336,10 @@ def windows(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where two power laws predict the same perplexity.
+    """Where two power laws predict the same perplexity: training tokens (None: the fits are
+    parallel), and the ends of the 95 % interval (None: it has no end there, or is none).
 
     Attributes:
-        tokens: training tokens there; None where the fits are parallel.
-        low, high: ends of its 95 % interval; None where it has no end (both: the slopes cannot be
-            told apart), under one token, and without an interval.
         inside: whether it lies within the tokens that both fits cover.
         has_interval: False where a fit has two points only.
     """
@@ -422,9 +407,8 @@ def over_runs(results: Sequence[Result]) -> Crossed:
     """The exponent of runs at several sizes, every size with the same seeds.
 
     Each seed's alpha is linear in its log perplexities, hence in the nats of each held-out
-    conversation, so that `intervals.crossed` applies. That a power law may be the wrong form is no
-    part of the interval. With validation "tail" each size has conversations of its own: the
-    result counts none of them, and has no interval.
+    conversation, so that `intervals.crossed` applies; that a power law may be the wrong form is no
+    part of the interval. With validation "tail" there is none: each size has its own conversations.
 
     Args:
         results: one run per size (`samples`) and seed, all scored on the same conversations, or
@@ -439,10 +423,8 @@ def over_runs(results: Sequence[Result]) -> Crossed:
     seeds = sorted({seed for _, seed in grid})
     if len(sizes) < 2 or not len(results) == len(grid) == len(sizes) * len(seeds):
         got = sorted((one.experiment.samples, one.experiment.seed) for one in results)
-        raise ValueError(
-            f"results: got runs of (samples, seed) {got}; accepted: each of two sizes or more with "
-            "each seed, once"
-        )
+        accepted = "each of two sizes or more with each seed, once"
+        raise ValueError(f"results: got runs of (samples, seed) {got}; accepted: {accepted}")
     rows = {place: _scored(one) for place, one in grid.items()}
     tokens = [row["tokens"] for row in _scored(results[0])]
     for place, one in grid.items():
@@ -453,12 +435,10 @@ def over_runs(results: Sequence[Result]) -> Crossed:
             )
     # [seeds, sizes] and [seeds, sizes, conversations]
     logs = np.log([[grid[size, seed].train_tokens for size in sizes] for seed in seeds])
-    nats = np.array(
-        [[[row["nats"] for row in rows[size, seed]] for size in sizes] for seed in seeds]
-    )
+    nats = [[[row["nats"] for row in rows[size, seed]] for size in sizes] for seed in seeds]
     weights = logs - logs.mean(axis=1, keepdims=True)
     weights /= (weights**2).sum(axis=1, keepdims=True)
-    slopes = (weights[:, :, None] * nats).sum(axis=1)
+    slopes = (weights[:, :, None] * np.array(nats)).sum(axis=1)
     alpha = crossed(slopes, np.array(tokens))
     tail = results[0].experiment.validation == "tail"
     return replace(alpha, conversations=0) if tail else alpha

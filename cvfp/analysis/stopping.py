@@ -17,8 +17,7 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
 
     Returns:
         Indexed by patience: stopped (epochs run), best_epoch, val_ppl, val_acc. Where the run did
-        all its epochs, also "none, best kept" and "none, last kept" (no epoch chosen by
-        validation).
+        all its epochs, also "none, best kept" and "none, last kept".
 
     Raises:
         ValueError: the run itself stopped before one of the patiences would have.

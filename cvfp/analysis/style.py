@@ -56,6 +56,6 @@ def columns(
     return pd.DataFrame(words, index=frame.index)
 
 
-def rows(by_name: dict[Any, Any], heading: str | None = None) -> pd.DataFrame:
-    """One row a name; `heading` says what the names are."""
+def rows(by_name: dict[Any, Any], heading: str | list[str] | None = None) -> pd.DataFrame:
+    """One row a name, or a tuple of names; `heading` says what the names are."""
     return pd.DataFrame.from_dict(by_name, orient="index").rename_axis(heading)

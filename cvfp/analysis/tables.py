@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -38,6 +38,7 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
     contended = ", times taken under contention" if n_jobs > 1 else ""
     facts = {
         "corpus": one.dataset,
+        "conversations": f"{values(lambda r: r.experiment.samples)}, fitting {one.fitting_samples}",
         "validation": f"{one.validation}, {first.val_tokens:,} tokens",
         "tokeniser": f"{one.tokenizer}, {first.vocab_size:,} entries",
         "embedding table": f"{one.embedding}, {first.embedding_dim} wide, "
@@ -60,6 +61,15 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         **first.versions,
     }
     return pd.DataFrame({"": facts})
+
+
+def _words(warnings: Iterable[str]) -> str:
+    return "; ".join(filter(None, dict.fromkeys(warnings)))
+
+
+def _warned(table: pd.DataFrame) -> pd.DataFrame:
+    """The table; its column of warnings only where there are any."""
+    return table if any(table.warnings) else table.drop(columns="warnings")
 
 
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -89,9 +99,10 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
     if len(frame.seed.unique()) > 1:
         means.insert(2, "PPL s.d.", wide.val_ppl.std())
         means.insert(0, "seeds", wide.seed.nunique())
+    means["warnings"] = wide.warnings.agg(_words)
     digits = {"tokens": 0, "bits/byte": 3, "PPL s.d.": 2}
     rounded = means.round({name: digits.get(str(name), 1) for name in means})
-    return rounded.astype({name: int for name in ("tokens", "seeds") if name in rounded})
+    return _warned(rounded.astype({name: int for name in ("tokens", "seeds") if name in rounded}))
 
 
 def extrapolation(laws: dict[str, PowerLaw], largest: dict[str, float]) -> pd.DataFrame:
@@ -102,10 +113,9 @@ def extrapolation(laws: dict[str, PowerLaw], largest: dict[str, float]) -> pd.Da
         row = {}
         for name, law in laws.items():
             low, high = law.predict_interval(tokens) or (None, None)
+            interval = style.interval(low, high, "{:.1f}", "needs three points")
             row[f"{name}: PPL by its law"] = f"{law.predict(tokens):.1f}"
-            row[f"{name}: 95 % interval"] = style.interval(
-                low, high, "{:.1f}", "needs three points"
-            )
+            row[f"{name}: 95 % interval"] = interval
             row[f"{name}: times its largest run"] = f"{tokens / largest[name]:.1f}"
         rows[f"{tokens / 1e6:g} M tokens"] = row
     return style.rows(rows)
@@ -131,7 +141,7 @@ def laws(laws: dict[str, PowerLaw]) -> pd.DataFrame:
 def record(results: Sequence[Result]) -> pd.DataFrame:
     """The runs behind a notebook, by their keys in the store."""
     frame = Results(results).frame().set_index("key").astype({"val_ppl": float})
-    return frame[["samples", "seed", "val_ppl"]].round(2)
+    return _warned(frame[["samples", "seed", "val_ppl", "warnings"]].round(2))
 
 
 def beside(result: Result, note: pd.Series) -> pd.DataFrame:
@@ -143,6 +153,7 @@ def beside(result: Result, note: pd.Series) -> pd.DataFrame:
         "effective rank, validation": (f"{result.val_er:.1%}", f"{note.val_er:.1f}%"),
         "perplexity (not comparable)": (f"{result.val_ppl:.1f}", f"{note.val_ppl:.1f}"),
         "accuracy (not comparable)": (f"{result.val_acc:.1%}", f"{note.val_acc:.1f}%"),
+        **({"warnings": (words, "")} if (words := _words(result.warnings)) else {}),
     }
     return _two(rows, "published, note 002")
 
@@ -175,15 +186,13 @@ def published_parameter_counts() -> pd.DataFrame:
 def agreement(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
     """Parallel against exact contexts, measured beside note 000's table."""
     here, there = gap.agreement.loc[AS_LEFT], note.set_index("metric")["value"]
+    errors = here.relative_error_mean, there.relative_error_mean
     rows = {
         "tokens": (f"{gap.tokens:,}", "56,602"),
         "cosine, mean": (f"{here.cosine_mean:.4f}", f"{there.cosine_mean:.4f}"),
         "cosine, least": (f"{here.cosine_min:.4f}", f"{there.cosine_min:.4f}"),
         "mean squared error": (f"{here.mse:.6f}", f"{there.mse:.6f}"),
-        "relative error, mean": (
-            f"{here.relative_error_mean:.1%}",
-            f"{there.relative_error_mean:.1f}%",
-        ),
+        "relative error, mean": (f"{errors[0]:.1%}", f"{errors[1]:.1f}%"),
         "relative error, 95th percentile": (f"{here.relative_error_p95:.1%}", style.MISSING),
     }
     return _two(rows, "published, note 000")
@@ -259,15 +268,16 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
 
 def pairs(named: dict[str, Paired]) -> pd.DataFrame:
     """Paired differences of perplexity, one row each."""
-    rows = {
-        name: dict(zip(("change of perplexity", "95 % interval"), _change(pair), strict=True))
-        | {
+    rows = {}
+    for name, pair in named.items():
+        change, within = _change(pair)
+        rows[name] = {
+            "change of perplexity": change,
+            "95 % interval": within,
             "seeds": pair.seeds,
             "conversations": pair.conversations,
             "each seed": ", ".join(f"{x:+.1%}" for x in pair.by_seed),
         }
-        for name, pair in named.items()
-    }
     return style.rows(rows)
 
 
@@ -296,34 +306,31 @@ def contrast(
             row[f"PPL, {name}"] = style.mean([r.val_ppl for r in kind], "{:.1f}")
             row[f"ER %, {name}"] = style.mean([r.val_er for r in kind], "{:.1f}", 100)
         row["change of PPL"], row["95 % interval"] = _change(paired(runs, others))
-        rows[size] = row
-    return style.rows(rows, "conversations")
+        rows[size] = {**row, "warnings": _words(w for r in (*runs, *others) for w in r.warnings)}
+    return _warned(style.rows(rows, "conversations"))
 
 
 def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
     """Parameters, cost and outcome of each shape at each size (means over seeds)."""
-    rows = []
+    rows = {}
     for name, results in kinds.items():
         for size, runs in _sizes(results).items():
             counts = runs[0].parameters
-            rows.append(
-                {
-                    "shape": name,
-                    "conversations": size,
-                    "ContextBlock": f"{counts['context_block']:,}",
-                    "TokenBlock": f"{counts['token_block']:,}",
-                    "PPL": style.mean([r.val_ppl for r in runs], "{:.1f}"),
-                    "accuracy %": style.mean([r.val_acc for r in runs], "{:.1f}", 100),
-                    "ER %": style.mean([r.val_er for r in runs], "{:.1f}", 100),
-                    "iterations": style.mean([r.phase1_iterations for r in runs], "{:.0f}"),
-                    "converged %": style.mean([r.converged for r in runs], "{:.1f}", 100),
-                    "memory, tokens": style.mean([r.memory_length for r in runs], "{:.0f}"),
-                    "best epoch": style.mean([r.best_epoch for r in runs], "{:.1f}"),
-                    "Phase 1, s": style.mean([r.seconds["phase1"] for r in runs], "{:.1f}"),
-                    "Phase 2, s": style.mean([r.seconds.get("phase2") for r in runs], "{:.1f}"),
-                }
-            )
-    return pd.DataFrame(rows).set_index(["shape", "conversations"])
+            rows[name, size] = {
+                "ContextBlock": f"{counts['context_block']:,}",
+                "TokenBlock": f"{counts['token_block']:,}",
+                "PPL": style.mean([r.val_ppl for r in runs], "{:.1f}"),
+                "accuracy %": style.mean([r.val_acc for r in runs], "{:.1f}", 100),
+                "ER %": style.mean([r.val_er for r in runs], "{:.1f}", 100),
+                "iterations": style.mean([r.phase1_iterations for r in runs], "{:.0f}"),
+                "converged %": style.mean([r.converged for r in runs], "{:.1f}", 100),
+                "memory, tokens": style.mean([r.memory_length for r in runs], "{:.0f}"),
+                "best epoch": style.mean([r.best_epoch for r in runs], "{:.1f}"),
+                "Phase 1, s": style.mean([r.seconds["phase1"] for r in runs], "{:.1f}"),
+                "Phase 2, s": style.mean([r.seconds.get("phase2") for r in runs], "{:.1f}"),
+                "warnings": _words(w for r in runs for w in r.warnings),
+            }
+    return _warned(style.rows(rows, ["shape", "conversations"]))
 
 
 def alpha(law: Crossed) -> pd.DataFrame:
@@ -352,6 +359,7 @@ def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.D
             "PPL there": style.mean([row["val_ppl"] for row in best], "{:.1f}"),
             "two epochs later": style.mean([stopping.rise(r) for r in runs], "{:+.1%}"),
             "last epoch": style.mean(over, "{:+.1%}"),
+            "warnings": _words(w for r in runs for w in r.warnings),
         }
     for row in note.to_dict("records"):
         rise = f"{row['epoch4_val_ppl'] / row['epoch2_val_ppl'] - 1:+.1%}"
@@ -360,8 +368,9 @@ def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.D
             "PPL there": f"{row['epoch2_val_ppl']:.1f}",
             "two epochs later": rise,
             "last epoch": rise,
+            "warnings": "",
         }
-    return style.rows(rows)
+    return _warned(style.rows(rows))
 
 
 def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFrame:
@@ -376,9 +385,8 @@ def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFram
     rows = {}
     for name in replays[0].index:
         chosen = [one.loc[name] for one in replays]
-        change, low, high = intervals.mean(
-            [one.val_ppl[name] / one.val_ppl[first] - 1 for one in replays]
-        )
+        changes = [one.val_ppl[name] / one.val_ppl[first] - 1 for one in replays]
+        change, low, high = intervals.mean(changes)
         against = (f"{change:+.1%}", style.interval(low, high, "{:+.1%}"))
         if name == first:
             against = style.MISSING, style.MISSING
@@ -389,8 +397,9 @@ def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFram
             "accuracy %": style.mean([row.val_acc for row in chosen], "{:.2f}", 100),
             f"change of PPL against {first}": against[0],
             "95 % interval": against[1],
+            "warnings": _words(w for r in results for w in r.warnings),
         }
-    return style.rows(rows, "patience")
+    return _warned(style.rows(rows, "patience"))
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
@@ -416,15 +425,14 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
             high, low = (None if end is None else -end for end in (low, high))
             remark = "floor not identified" if law.at_bound else ""
         missing = "no end … no end" if interval else "no point to spare"
+        error = style.number(missed.error[form], "{:+.1%}", missed.reason[form])
         rows[name] = {
             "formula": formula,
             "exponent": f"{exponent:.3f}",
             "95 % interval": style.interval(low, high, "{:.3f}", missing),
             "floor, PPL": limit,
             "R²": style.number(law.r2, "{:.4f}"),
-            "error at the largest size, left out": style.number(
-                missed.error[form], "{:+.1%}", missed.reason[form]
-            ),
+            "error at the largest size, left out": error,
             "remark": remark,
         }
     return style.rows(rows).fillna(style.MISSING)
@@ -449,8 +457,10 @@ def configurations(frame: pd.DataFrame) -> pd.DataFrame:
     """`prediction.by_configuration` for reading, with how far Phase 1 came."""
     fields = list(prediction.CONFIGURATION)
     ended = frame.groupby(fields)[["converged", "train_er", "memory_length"]].mean()
-    return style.columns(
-        prediction.by_configuration(frame).join(ended, on=fields),
+    ended["warnings"] = frame.groupby(fields).warnings.agg(_words)
+    table = prediction.by_configuration(frame).join(ended, on=fields)
+    words = style.columns(
+        table,
         {
             "α": ("alpha", "{:.3f}"),
             "its error": ("alpha_error", "{:.3f}"),
@@ -462,6 +472,7 @@ def configurations(frame: pd.DataFrame) -> pd.DataFrame:
             "memory, tokens": ("memory_length", "{:.0f}"),
         },
     )
+    return _warned(words.assign(warnings=table.warnings))
 
 
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
@@ -499,30 +510,27 @@ def scores(table: pd.DataFrame) -> pd.DataFrame:
     return words.assign(remark=table.remark).set_index(table.rule)
 
 
-def comparison(groups: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
+def comparison(groups: compare.Groups) -> pd.DataFrame:
     """Every kind of run at every size: perplexity, accuracy and bits per byte with intervals over
     seeds, the paired change of perplexity against CVFP, parameters and seconds."""
-    rows = []
+    rows = {}
     for size in compare.sizes(groups):
         changes = compare.against(groups, size)
         for kind, results in groups.items():
             runs = compare.at(results, size)
             change, within = _change(changes.get(kind))
-            rows.append(
-                {
-                    "conversations": size,
-                    "kind": kind,
-                    "PPL": style.mean_interval([r.val_ppl for r in runs], 1),
-                    "change against CVFP": change,
-                    "95 % interval": within,
-                    "accuracy %": style.mean_interval([r.val_acc for r in runs], 2, 100),
-                    "bits/byte": style.mean_interval([r.val_bpb for r in runs], 3),
-                    "trained parameters": f"{compare.trained_parameters(runs[0]):,}",
-                    "best epoch": style.mean([r.best_epoch for r in runs], "{:.1f}"),
-                    "training, s": style.mean(map(compare.training_seconds, runs), "{:.1f}"),
-                }
-            )
-    return pd.DataFrame(rows).set_index(["conversations", "kind"])
+            rows[size, kind] = {
+                "PPL": style.mean_interval([r.val_ppl for r in runs], 1),
+                "change against CVFP": change,
+                "95 % interval": within,
+                "accuracy %": style.mean_interval([r.val_acc for r in runs], 2, 100),
+                "bits/byte": style.mean_interval([r.val_bpb for r in runs], 3),
+                "trained parameters": f"{compare.trained_parameters(runs[0]):,}",
+                "best epoch": style.mean([r.best_epoch for r in runs], "{:.1f}"),
+                "training, s": style.mean(map(compare.training_seconds, runs), "{:.1f}"),
+                "warnings": _words(w for r in runs for w in r.warnings),
+            }
+    return _warned(style.rows(rows, ["conversations", "kind"]))
 
 
 def counted(results: Sequence[Result]) -> pd.DataFrame:
@@ -551,4 +559,5 @@ def grid(tuned: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
         }
         ends = (min(rates), max(rates))
         rows[kind]["remark"] = "best at the end of the grid" if best in ends else ""
-    return style.rows(rows, "learning rate")
+        rows[kind]["warnings"] = _words(w for r in runs for w in r.warnings)
+    return _warned(style.rows(rows, "learning rate"))

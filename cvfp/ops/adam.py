@@ -20,6 +20,7 @@ class Adam:
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
         self.count = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
+        self.state = [self.count, *self.means, *self.squares]  # restored in place
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -28,8 +29,8 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Move the parameters along their gradients."""
-        state = zip(self.parameters, self.means, self.squares, strict=True)
-        moved = [(p, p.grad, m, s) for p, m, s in state if p.grad is not None]
+        all_of = zip(self.parameters, self.means, self.squares, strict=True)
+        moved = [(p, p.grad, m, s) for p, m, s in all_of if p.grad is not None]
         if not moved:
             return
         self.count += 1

@@ -12,6 +12,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -83,8 +85,10 @@ def place(size: int, device: torch.device) -> str:
     if asked is not None:
         return asked
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if size <= DEVICE_PART * (torch.cuda.mem_get_info(device)[0] + cached):
+        used = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - used
+        free = min(torch.cuda.mem_get_info(device)[0] + cached, memory(device) - used)
+        if size <= DEVICE_PART * free:
             return "device"
     if size <= HOST_PART * psutil.virtual_memory().available:
         return "host" if device.type == "cuda" else "device"
@@ -92,10 +96,23 @@ def place(size: int, device: torch.device) -> str:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of the device's memory, used or not."""
+    """Bytes of the device's memory that this process may have, used or not."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(device.index))
+    limits = [psutil.virtual_memory().total]
+    with suppress(OSError, ValueError):  # a container's; "max": none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def smaller() -> bool:
+    """Let a GPU take half as much at once from now on; False: it is little already."""
+    global DEVICE_PART
+    DEVICE_PART /= 2
+    for most in (PASS, LOGITS, SIDE_BY_SIDE):
+        most["cuda"] //= 2
+    return PASS["cuda"] >= 2**19
 
 
 def slices(total: int, group: int, at_once: int) -> list[slice]:

@@ -1,0 +1,106 @@
+"""What a run needs is estimated before it trains, and what cannot fit is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cvfp
+from cvfp import Experiment, ParameterError, build, controls, estimate
+from cvfp.ops import placement
+
+GIB = 2**30
+
+
+def has(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(placement, "memory", lambda device: int(size * GIB))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_layers": 6, "context_dim": 768, "embedding_dim": 768, "vocab_size": 50257},
+        {"num_layers": 3, "context_dim": 1536, "num_input_tokens": 2},
+        {"token_input_all_layers": False, "num_layers": 6},
+        {"contexts": "window"},
+    ],
+)
+def test_weights_are_counted_nearly(fields: dict[str, Any]) -> None:
+    experiment = Experiment(**fields)
+    assert experiment.embedding_dim is not None
+    context, token = estimate._blocks(experiment, experiment.embedding_dim)
+    with torch.device("meta"):
+        model = build._blank(experiment, torch.empty(10, experiment.embedding_dim))
+    assert context == pytest.approx(controls.count_parameters(model.context_block), rel=0.15)
+    assert token == pytest.approx(controls.count_parameters(model.token_block), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"vocab_size": 10**7, "embedding_dim": 10_000}, "vocab_size"),
+        ({"context_dim": 100_000}, "context_dim"),
+        ({"embedding_dim": 100_000}, "embedding_dim"),
+        ({"phase2_batch_size": 10**9}, "phase2_batch_size"),
+        ({"loss_group": 10**9}, "loss_group"),
+        ({"num_layers": 1000, "context_dim": 2000}, "num_layers"),
+        ({"context_dim": 50_000, "num_input_tokens": 1000}, "context_dim"),
+        ({"contexts": "window", "window_tokens": 100_000, "embedding_dim": 1000}, "window_tokens"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_any_work(
+    fields: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has(monkeypatch, 16)
+    monkeypatch.setattr(cvfp.data, "load", lambda experiment: pytest.fail("data were read"))
+    experiment = Experiment(**fields)
+    with pytest.raises(ParameterError, match=rf"{named}.* of at most about .*GiB, this cpu has 16"):
+        cvfp.run(experiment.replace(device="cpu"))
+
+
+def test_what_is_named_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 16)
+    experiment = Experiment(embedding_dim=50_000, num_input_tokens=20, device="cpu")
+    with pytest.raises(ParameterError) as refused:
+        estimate.check(experiment, 4096, 50_000)
+    name = refused.value.parameter
+    words = refused.value.accepted.split(" or ")
+    assert 1 <= len(words) <= 3
+    for one in words:
+        name, _, value = one.partition(" (")[0].partition(" of at most about ")
+        size = int(value.replace(",", ""))
+        changed = experiment.replace(**{name: size})
+        estimate.check(changed, 4096, size if name == "embedding_dim" else 50_000)
+
+
+def test_a_table_whose_size_is_known_later_counts(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny.vocab_size is not None
+    assert tiny.embedding_dim is not None
+    needed = estimate.memory(tiny, tiny.vocab_size, tiny.embedding_dim)
+    has(monkeypatch, (needed + 1) / GIB)
+    estimate.check(tiny, tiny.vocab_size, tiny.embedding_dim)
+    with pytest.raises(ParameterError, match="vocab_size of at most about"):
+        estimate.check(tiny, 40 * tiny.vocab_size, tiny.embedding_dim)
+
+
+def test_real_sizes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 14)
+    published = Experiment.preset("published", device="cpu")
+    estimate.check(published, 50_257, 768)
+    estimate.check(published.replace(num_layers=3, context_dim=1536), 50_257, 768)
+    has(monkeypatch, 1)
+    estimate.check(Experiment(device="cpu"), 4096, 128)
+
+
+def test_a_container_has_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    whole = placement.memory(cpu)
+    monkeypatch.setattr(placement.Path, "read_text", lambda path: "max\n")
+    assert placement.memory(cpu) >= whole
+    monkeypatch.setattr(placement.Path, "read_text", lambda path: f"{GIB}\n")
+    assert placement.memory(cpu) == GIB
