@@ -114,8 +114,9 @@ def sound(path: Path) -> bool:
 
 
 def delete(path: Path) -> None:
-    for one in (path, checksum_file(path)):
-        one.unlink(missing_ok=True)
+    with suppress(OSError):  # a home that cannot be written
+        for one in (path, checksum_file(path)):
+            one.unlink(missing_ok=True)
 
 
 def evict(folder: Path, most: int) -> None:

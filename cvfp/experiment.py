@@ -61,8 +61,9 @@ def run(
 
     Args:
         reuse: take a finished run, Phase 1 or checkpoint from the store; False: train again.
-        watch: called with every row of Phase 1's and Phase 2's history, `phase` 1 or 2 in it; where
-            it returns something true, the run stops: its Result is `partial` and is not stored.
+        watch: called with every row of both phases' history as it is made or taken from a
+            checkpoint, `phase` 1 or 2 in it; where it returns something true, the run stops: its
+            Result is `partial` and is not stored.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data, before any training.

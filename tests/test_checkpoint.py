@@ -340,3 +340,19 @@ def test_seconds_of_the_dead_count(tiny: Experiment, fresh_home: Path) -> None:
     stopped = cvfp.run(tiny, watch=lambda row: row["phase"] == 1 and row["iteration"] == 4)
     before = stopped.seconds["phase1"]
     assert cvfp.run(tiny).seconds["phase1"] > before
+
+
+def test_a_state_that_cannot_be_deleted_loses_no_result(
+    tiny: Experiment, fresh_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tiny, 4)
+    (state,) = states()
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == state:
+            raise PermissionError("read-only")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert cvfp.run(tiny).val_ppl is not None
