@@ -36,7 +36,7 @@ from cvfp import (
 from cvfp import data as data_module
 from cvfp.build import build
 from cvfp.checkpoint import Checkpoint, Row
-from cvfp.config import Experiment
+from cvfp.config import Experiment, ParameterError
 from cvfp.data import Data
 from cvfp.end_to_end import Peer
 from cvfp.inputs import TokenInputs
@@ -61,14 +61,15 @@ def run(
 
     Args:
         reuse: take a finished run, Phase 1 or checkpoint from the store; False: train again.
-        watch: called with every row of both phases' history as it is made or taken from a
-            checkpoint, `phase` 1 or 2 in it; where it returns something true, the run stops: its
-            Result is `partial` and is not stored.
+        watch: called with each row of both histories (`phase` in it) as it is made or taken from a
+            checkpoint; something true stops the run: its Result is `partial`, and not stored.
 
     Raises:
         ParameterError: a field that does not fit the machine or the data, before any training.
         FloatingPointError: training diverged, or the exact contexts did not converge.
     """
+    if not callable(watch):
+        raise ParameterError("watch", watch, "a function of a row")
     cache.check_home()
     experiment = experiment.resolved()
     placement.asked_place()  # raises now, not after a table has been fitted
@@ -81,8 +82,7 @@ def run(
             except torch.cuda.OutOfMemoryError:
                 if not placement.smaller():
                     raise
-            told = "the GPU's memory ran out; the run goes on with less of it at once"
-            warnings.warn(told, stacklevel=2)
+            warnings.warn("the GPU's memory ran out; the run takes less at once", stacklevel=2)
     for words in result.warnings:
         warnings.warn(words, RuntimeWarning, stacklevel=2)
     return result

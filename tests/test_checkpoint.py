@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cvfp
-from cvfp import Experiment, Result, cache, checkpoint, data, embeddings
+from cvfp import Experiment, ParameterError, Result, cache, checkpoint, data, embeddings
 
 FORK = multiprocessing.get_context("fork")
 Row = dict[str, float]
@@ -257,6 +257,12 @@ def test_a_stop_in_an_unrolled_run(tiny: Experiment, fresh_home: Path) -> None:
     assert numbers(cvfp.run(unrolled)) == numbers(whole)
 
 
+def test_what_is_no_watcher_is_refused_at_once(tiny: Experiment, fresh_home: Path) -> None:
+    with pytest.raises(ParameterError, match="watch: got 5; accepted: a function of a row"):
+        cvfp.run(tiny, watch=5)  # type: ignore[arg-type]
+    assert not fresh_home.exists()
+
+
 def test_what_a_watcher_raises_reaches_the_caller(tiny: Experiment, fresh_home: Path) -> None:
     def watch(row: Row) -> None:
         if row["phase"] == 2:
@@ -356,3 +362,9 @@ def test_a_state_that_cannot_be_deleted_loses_no_result(
 
     monkeypatch.setattr(Path, "unlink", refused)
     assert cvfp.run(tiny).val_ppl is not None
+
+
+def test_a_stopped_run_is_read_as_such(tiny: Experiment, fresh_home: Path) -> None:
+    stopped = cvfp.run(tiny, watch=lambda row: row["phase"] == 1 and row["iteration"] == 3)
+    said = cvfp.analysis.readings.quickstart(stopped)
+    assert said == "**Phase 1** was given up at iteration 3: stopped by hand."

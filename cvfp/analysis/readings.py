@@ -53,7 +53,7 @@ def quickstart(result: Result) -> str:
     if converged >= one.convergence_rate:
         fate = f"stopped at iteration {iterations} with {converged:.1%} of the tokens converged"
     if result.val_ppl is None:
-        end = f"at iteration {result.phase1_iterations}: {result.aborted}."
+        end = f"at iteration {result.phase1_iterations}: {result.aborted or 'stopped by hand'}."
         return f"**Phase 1** was given up {end}"
     last = result.phase2_history[-1]
     lines = {k: None if v is None else v["ppl"] for k, v in result.baselines.items()}
