@@ -15,7 +15,7 @@ FIELDS = ["context_dim", "num_layers", "num_input_tokens", "window_tokens", "pha
 FIELDS += ["loss_group"]
 
 
-def memory(experiment: Experiment, vocab_size: int, embedding_dim: int) -> int:
+def memory(experiment: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -> int:
     """Bytes on the device at the peak, to within a factor of about two; without contexts."""
     table, layers = vocab_size * embedding_dim, experiment.num_layers
     context, token = _blocks(experiment, embedding_dim)
@@ -23,30 +23,29 @@ def memory(experiment: Experiment, vocab_size: int, embedding_dim: int) -> int:
     # A group at least, with what each layer keeps of it.
     kept = placement.LAYER_BYTES // 4 * layers + 12
     group = kept * experiment.context_dim + embedding_dim * experiment.num_input_tokens
-    first = TRAINED * context + experiment.loss_group * group
+    first = TRAINED * context + min(experiment.loss_group, tokens) * group
     ends = table * ((not experiment.weight_tying) + (not experiment.freeze_embedding))
     position = 3 * token // (layers * embedding_dim) + 2 * vocab_size
-    second = TRAINED * (token + ends) + context + experiment.phase2_batch_size * position
+    batch = min(experiment.phase2_batch_size, tokens)
+    second = TRAINED * (token + ends) + context + batch * position
     return 4 * (3 * table + max(fit * (experiment.embedding == "bigram"), first, second))
 
 
-def check(experiment: Experiment, vocab_size: int | None, embedding_dim: int | None) -> None:
-    """Refuse an Experiment whose tensors cannot fit the device.
+def check(one: Experiment, vocab_size: int | None, embedding_dim: int | None, tokens: int) -> None:
+    """Refuse an Experiment whose tensors cannot fit the device: a `ParameterError` that names up to
+    three fields and values that fit, each alone.
 
     Args:
-        vocab_size, embedding_dim: None: not known yet.
-
-    Raises:
-        ParameterError: with up to three fields and the largest values that fit, each alone.
+        vocab_size, embedding_dim: None: not known yet. tokens: to train on, as far as known.
     """
-    device = torch.device(resolve_device(experiment.device))
+    device = torch.device(resolve_device(one.device))
     most = placement.memory(device)
     sizes = {"vocab_size": vocab_size or 1, "embedding_dim": embedding_dim or 1}
-    sizes |= {name: getattr(experiment, name) for name in FIELDS}
+    sizes |= {name: getattr(one, name) for name in FIELDS}
 
     def needed(**changed: int) -> int:
         vocab, dim, *others = (sizes | changed).values()
-        return memory(experiment.replace(**dict(zip(FIELDS, others, strict=True))), vocab, dim)
+        return memory(one.replace(**dict(zip(FIELDS, others, strict=True))), vocab, dim, tokens)
 
     if needed() <= most:
         return

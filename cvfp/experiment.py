@@ -351,11 +351,11 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
         ParameterError: a field that does not fit the data; nothing of the data is refused later.
     """
     watch = watch or Watch(experiment.device)
-    estimate.check(experiment, experiment.vocab_size, experiment.embedding_dim)
+    estimate.check(experiment, experiment.vocab_size, experiment.embedding_dim, 1)
     with watch("data"):
         data = data_module.load(experiment)
     width = experiment.settled(data.sizes).embedding_dim
-    estimate.check(experiment, data.vocab_size, width)
+    estimate.check(experiment, data.vocab_size, width, len(data.train))
     with watch("table"), Stage("Table", embeddings.FIT_STEPS, every=10) as stage:
         table = embeddings.load(experiment, data, lambda row: stage.advance(1, row))
     return data, table

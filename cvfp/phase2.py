@@ -185,8 +185,8 @@ def fit(
     move = ops.recorded(step, steps)
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}  # of the best epoch: weights, nats and hits in validation
-    epochs = range(1, experiment.phase2_epochs + 1)
-    for epoch in rest(epochs, [*trained.values(), optimiser], generator, history, best):
+    parts = [*trained.values(), *model.buffers(), optimiser]
+    for epoch in rest(range(1, experiment.phase2_epochs + 1), parts, generator, history, best):
         total, count = torch.zeros((), device=model.embedding.device), 0
         for batch in batches():
             positions = batch[0].numel()

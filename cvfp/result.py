@@ -95,8 +95,9 @@ class Result:
         collapse = f"collapse: contexts in {rank:.1f} of {width} directions"
         grows = f"recurrence amplifies rounding, {rate:.4g} times a token: contexts without a bound"
         # One or two directions are nothing odd where there are four.
-        there = (self.val_ppl or 0) > size, rank < 2.5 < width / 2, not rate < 1
-        return [one for one, true in zip((guess, collapse, grows), there, strict=True) if true]
+        there = (self.val_ppl or 0) > size, rank < 2.5 < width / 2, not rate < 1, self.partial
+        said = zip((guess, collapse, grows, "stopped before its end"), there, strict=True)
+        return [one for one, true in said if true]
 
     def _without(self, what: str) -> ParameterError:
         kind = self.experiment.model, self.experiment.contexts

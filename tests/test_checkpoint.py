@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cvfp
 from cvfp import Experiment, ParameterError, Result, cache, checkpoint, data, embeddings
+from cvfp.model import ContextBlock
 
 FORK = multiprocessing.get_context("fork")
 Row = dict[str, float]
@@ -39,6 +40,21 @@ class Counts(nn.Module):
         return missed / self.calls + (new - old).square().mean(dim=(1, 2)), {}
 
 
+class Counting(ContextBlock):
+    """With a buffer that the outputs depend on."""
+
+    seen: Tensor
+
+    def __init__(self, experiment: Experiment, input_dim: int) -> None:
+        super().__init__(experiment.num_layers, experiment.context_dim, input_dim, True)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
+        if self.training and torch.is_grad_enabled():
+            self.seen += 1e-3
+        return super().forward(context + self.seen.clone(), inputs)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "published": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -47,9 +63,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "own objective": {"objective": f"{__name__}:Counts"},
     "shuffled": {"contexts": "shuffled"},
     "end to end": {"contexts": "end_to_end"},
+    "own block, end to end": {"block": f"{__name__}:Counting", "contexts": "end_to_end"},
     "lstm": {"model": "lstm"},
     "transformer": {"model": "transformer", "num_layers": 4, "context_dim": 32},
 }
+
+
+UNROLLED = ("end to end", "own block, end to end", "lstm", "transformer")
 
 
 @pytest.fixture(autouse=True)
@@ -155,12 +175,12 @@ def test_a_killed_run_goes_on(at: int, tiny: Experiment, fresh_home: Path, tally
 @pytest.mark.parametrize(
     ("setting", "at"),
     [
-        *((name, 2) for name in ("own objective", "all trained", "end to end")),
+        *((name, 2) for name in ("own objective", "all trained", "own block, end to end")),
         *(
             pytest.param(name, at, marks=pytest.mark.full)
             for name in SETTINGS
             for at in (2, 4, 7)
-            if at == 2 or name not in ("end to end", "lstm", "transformer")
+            if at == 2 or name not in UNROLLED
         ),
     ],
 )
@@ -231,6 +251,7 @@ def test_a_stopped_run_is_partial_and_goes_on(at: int, tiny: Experiment, fresh_h
     # What was stopped after its last step is whole.
     assert stopped.partial == (at < sweeps + epochs)
     assert len(states()) == (at not in (sweeps, sweeps + epochs))
+    assert ("stopped before its end" in stopped.warnings) == stopped.partial
     assert stopped.phase1_history == whole.phase1_history[:at]
     assert stopped.val_er is not None
     if at <= sweeps:

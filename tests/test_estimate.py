@@ -44,8 +44,6 @@ def test_weights_are_counted_nearly(fields: dict[str, Any]) -> None:
         ({"vocab_size": 10**7, "embedding_dim": 10_000}, "vocab_size"),
         ({"context_dim": 100_000}, "context_dim"),
         ({"embedding_dim": 100_000}, "embedding_dim"),
-        ({"phase2_batch_size": 10**9}, "phase2_batch_size"),
-        ({"loss_group": 10**9}, "loss_group"),
         ({"num_layers": 1000, "context_dim": 2000}, "num_layers"),
         ({"context_dim": 50_000, "num_input_tokens": 1000}, "context_dim"),
         ({"contexts": "window", "window_tokens": 100_000, "embedding_dim": 1000}, "window_tokens"),
@@ -65,7 +63,7 @@ def test_what_is_named_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, 16)
     experiment = Experiment(embedding_dim=50_000, num_input_tokens=20, device="cpu")
     with pytest.raises(ParameterError) as refused:
-        estimate.check(experiment, 4096, 50_000)
+        estimate.check(experiment, 4096, 50_000, 10**5)
     name = refused.value.parameter
     words = refused.value.accepted.split(" or ")
     assert 1 <= len(words) <= 3
@@ -73,7 +71,7 @@ def test_what_is_named_helps(monkeypatch: pytest.MonkeyPatch) -> None:
         name, _, value = one.partition(" (")[0].partition(" of at most about ")
         size = int(value.replace(",", ""))
         changed = experiment.replace(**{name: size})
-        estimate.check(changed, 4096, size if name == "embedding_dim" else 50_000)
+        estimate.check(changed, 4096, size if name == "embedding_dim" else 50_000, 10**5)
 
 
 def test_a_table_whose_size_is_known_later_counts(
@@ -81,20 +79,20 @@ def test_a_table_whose_size_is_known_later_counts(
 ) -> None:
     assert tiny.vocab_size is not None
     assert tiny.embedding_dim is not None
-    needed = estimate.memory(tiny, tiny.vocab_size, tiny.embedding_dim)
+    needed = estimate.memory(tiny, tiny.vocab_size, tiny.embedding_dim, 10**4)
     has(monkeypatch, (needed + 1) / GIB)
-    estimate.check(tiny, tiny.vocab_size, tiny.embedding_dim)
+    estimate.check(tiny, tiny.vocab_size, tiny.embedding_dim, 10**4)
     with pytest.raises(ParameterError, match="vocab_size of at most about"):
-        estimate.check(tiny, 40 * tiny.vocab_size, tiny.embedding_dim)
+        estimate.check(tiny, 40 * tiny.vocab_size, tiny.embedding_dim, 10**4)
 
 
 def test_real_sizes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, 14)
     published = Experiment.preset("published", device="cpu")
-    estimate.check(published, 50_257, 768)
-    estimate.check(published.replace(num_layers=3, context_dim=1536), 50_257, 768)
+    estimate.check(published, 50_257, 768, 10**8)
+    estimate.check(published.replace(num_layers=3, context_dim=1536), 50_257, 768, 10**8)
     has(monkeypatch, 1)
-    estimate.check(Experiment(device="cpu"), 4096, 128)
+    estimate.check(Experiment(device="cpu"), 4096, 128, 10**8)
 
 
 def test_a_container_has_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +102,11 @@ def test_a_container_has_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> N
     assert placement.memory(cpu) >= whole
     monkeypatch.setattr(placement.Path, "read_text", lambda path: f"{GIB}\n")
     assert placement.memory(cpu) == GIB
+
+
+def test_batches_and_groups_are_no_longer_than_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 4)
+    whole = Experiment(device="cpu", phase2_batch_size=10**9, loss_group=10**9)
+    estimate.check(whole, 4096, 128, 13_000)
+    with pytest.raises(ParameterError, match="phase2_batch_size of at most about"):
+        estimate.check(whole.replace(loss_group=8000), 4096, 128, 10**6)
