@@ -17,9 +17,14 @@ NBVAL := $(PYTEST) --no-loadscope-reorder --nbval-lax
 # A stage: its name, its command. Says how long it took; one that fails ends the rest.
 stage = @echo "== $(1)"; TIMEFORMAT="== $(1): %1lR"; time $(2)
 
-.PHONY: help install scaling claims reliability test test-full lint notebooks lab clean
+# What `make study` takes; doit's tasks read them.
+export ONLY CONFIRM JOBS HUB
+
+.PHONY: help install study study-status scaling claims reliability test test-full lint notebooks lab clean
 
 help:
+	@echo "make study      the reports that are out of date (ONLY=name,name JOBS=1 HUB=1; CONFIRM=1: short runs instead)"
+	@echo "make study-status  how each report stands"
 	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
 	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
 	@echo "make reliability  inject faults, and write what came of it into reports/"
@@ -36,6 +41,12 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
+
+study: install
+	$(BIN)/python -m doit run $(if $(CONFIRM),confirm,study) readme
+
+study-status: install
+	@$(BIN)/python dodo.py status
 
 scaling: install
 	mkdir -p reports

@@ -37,7 +37,7 @@ process; validation, sums and memory traffic come on top of it.
 
 def seconds(found: dict[str, Any]) -> str:
     low, high = found["quartiles"]
-    return f"{_short(found['median'])} ({_short(low)}–{_short(high)})"
+    return f"{short(found['median'])} ({short(low)}–{short(high)})"
 
 
 def from_start(found: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def from_start(found: dict[str, Any]) -> str:
     )
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
@@ -75,7 +75,7 @@ def stages(found: dict[str, Any]) -> str:
                 f"{seconds(one['seconds']['plain'])}, {plain}",
                 f"{one['ratio']['median']:.1f}",
                 f"{one['tokens_per_second']:,.0f}",
-                _short(floor),
+                short(floor),
                 f"{floor / kit['median']:.0%}",
             ]
         )
@@ -99,13 +99,13 @@ def kit_turns(found: dict[str, Any]) -> int:
 
 def run(found: dict[str, Any]) -> str:
     one = found["run"]
-    parts = ", ".join(f"{name} {_short(value)}" for name, value in one["stages"].items())
+    parts = ", ".join(f"{name} {short(value)}" for name, value in one["stages"].items())
     device = one["peak_device_memory_mib"]
     lines = [
         "A whole run with data and table cached, storing included: "
         f"**{seconds(one['seconds'])} s** in a warm process ({one['seconds']['turns']} turns; "
         f"{parts}); the first "
-        f"of a process {_short(one['first_seconds'])} s. "
+        f"of a process {short(one['first_seconds'])} s. "
         f"{one['train_tokens']:,} training and {one['val_tokens']:,} validation tokens, "
         f"{one['epochs']} epochs, perplexity {one['val_ppl']:.2f}. Peak memory "
         f"{one['peak_memory_mib'] / 1024:.1f} GiB"
@@ -157,7 +157,7 @@ def slope(found: dict[str, Any]) -> str:
                 f"{one['tokens']:,}",
                 {"auto": "as fits"}.get(one["place"], one["place"]),
                 *(
-                    _short(one[name]) if name in one else ""
+                    short(one[name]) if name in one else ""
                     for name in ("phase1_iteration", "phase2_epoch", "contexts")
                 ),
                 f"{one['peak_device_memory_mib'] / 1024:.2f}" if on_device else "",
@@ -198,8 +198,8 @@ def against(found: dict[str, Any]) -> str:
         epochs = [r["kit_epochs"] / r["earlier_epochs"] for r in rows]
         each = [a * b for a, b in zip(ratios, epochs, strict=True)]
         return [
-            _short(statistics.median(earlier)),
-            _short(statistics.median(kit)),
+            short(statistics.median(earlier)),
+            short(statistics.median(kit)),
             f"{statistics.median(ratios):.2f}",
             f"{statistics.median(each):.2f}",
         ]

@@ -64,10 +64,7 @@ def kneser_ney_nats(
     followers of h, h' is h without its first token, and d = n1/(n1 + 2·n2) for each order. The
     lowest p is uniform, so that unseen tokens have some probability (Kneser & Ney 1995; Chen &
     Goodman 1998). The first tokens, with a shorter history, are predicted by the lower orders.
-
-    Raises:
-        ValueError: an order under 1, or one whose n-grams do not fit 64 bits.
-    """
+    Raises ValueError: an order under 1, or one whose n-grams do not fit 64 bits."""
     if order < 1 or vocab_size**order >= 2**63:
         raise ValueError(f"order: got {order}; accepted: 1 or more, vocab_size ** order under 2^63")
     keys = [_keys(stream.numpy(), vocab_size, order) for stream in streams]

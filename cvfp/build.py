@@ -14,11 +14,8 @@ from cvfp.tokenizer import Tokenizer
 
 
 def build(experiment: Experiment, table: Tensor, tokenizer: Tokenizer) -> CVFP | Peer:
-    """The untrained model of an Experiment over `table` [V, E].
-
-    Raises:
-        ParameterError: a peer that cannot be matched to CVFP's size.
-    """
+    """The untrained model of an Experiment over `table` [V, E]. Raises `ParameterError`: a peer
+    that cannot be matched to CVFP's size."""
     if experiment.model != "cvfp":
         size = cvfp_size(experiment, table.shape[1])
         seed = seeds.generator(experiment.seed, "peer").initial_seed()

@@ -126,7 +126,7 @@ def evict(folder: Path, most: int) -> None:
         files = sorted(folder.glob(f"{key}.*"))  # halves and damaged ones, too
         with suppress(FileNotFoundError):  # another process was quicker
             status = [one.stat() for one in files]
-            used = max(one.st_mtime for one in status)
+            used = max((one.st_mtime for one in status), default=0.0)  # all gone meanwhile
             kept.append((used, sum(one.st_size for one in status), files))
     total = sum(size for _, size, _ in kept)
     for _, size, oldest in sorted(kept):

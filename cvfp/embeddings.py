@@ -20,6 +20,7 @@ from cvfp.data import Data
 from cvfp.hub import pretrained
 from cvfp.tokenizer import Stream
 
+Report = Callable[[dict[str, float]], None]
 RANDOM_STD = 0.02  # GPT-2's
 
 # Chosen on conversations 401-500 of chitchat's fitting set with the table fitted on the first 400
@@ -74,20 +75,11 @@ class Table:
         return cache.digest(self.weight)
 
 
-def load(
-    experiment: Experiment,
-    data: Data,
-    report: Callable[[dict[str, float]], None] = lambda row: None,
-) -> Table:
-    """The embedding table of an Experiment; a fitted one is cached on disk.
-
-    Args:
-        report: called after each step of a fit with {"step", "fit_loss"}.
-
-    Raises:
-        ParameterError: a table that cannot be loaded, has another width than `embedding_dim`,
-            fewer rows than the tokeniser has tokens, or numbers of which nothing can be learnt.
-    """
+def load(experiment: Experiment, data: Data, report: Report = lambda row: None) -> Table:
+    """The embedding table of an Experiment; a fitted one is cached on disk, and `report` called
+    after each step of the fit with {"step", "fit_loss"}. Raises `ParameterError`: a table that
+    cannot be loaded, has another width than `embedding_dim`, fewer rows than the tokeniser has
+    tokens, or numbers of which nothing can be learnt."""
     if experiment.embedding == "random":
         assert experiment.embedding_dim is not None
         generator = seeds.generator(experiment.seed, "embedding")
@@ -118,9 +110,7 @@ def _from_transformers(name: str, local: bool) -> Table:
     return Table(model.get_input_embeddings().weight.detach().float().clone())
 
 
-def _fitted(
-    experiment: Experiment, data: Data, report: Callable[[dict[str, float]], None]
-) -> Table:
+def _fitted(experiment: Experiment, data: Data, report: Report) -> Table:
     kind, size, dim = experiment.embedding, data.vocab_size, experiment.embedding_dim
     assert dim is not None
     if kind == "ppmi" and dim > size:
@@ -202,16 +192,10 @@ def _sums_of_runs(rows: Tensor, weights: Tensor, lengths: Tensor) -> Callable[[T
 
 
 def fit_bigram(
-    fitting: Stream,
-    vocab_size: int,
-    embedding_dim: int,
-    report: Callable[[dict[str, float]], None] = lambda row: None,
+    fitting: Stream, vocab_size: int, embedding_dim: int, report: Report = lambda row: None
 ) -> BigramLM:
-    """Fit the bigram language model on the stream's bigram counts, full batch, with AdamW.
-
-    Args:
-        report: called after each step with {"step", "fit_loss"}, the loss in nats per bigram.
-    """
+    """Fit the bigram language model on the stream's bigram counts, full batch, with AdamW; `report`
+    is called after each step with {"step", "fit_loss"}, the loss in nats per bigram."""
     generator = torch.Generator().manual_seed(FIT_SEED)
     first, second, counts = bigram_counts(fitting)  # sorted by first
     share = (counts / counts.sum()).float()

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvfp import ops, phase2
@@ -158,6 +159,15 @@ def peer(experiment: Experiment, table: Tensor, size: int, seed: int) -> Peer:
         return build(best, table)
 
 
+class Dropped(TokenInputs):
+    """Inputs of which a share is dropped at random (Srivastava et al. 2014)."""
+
+    share = 0.0
+
+    def embed(self, windows: Tensor) -> Tensor:
+        return F.dropout(super().embed(windows), self.share)
+
+
 def unrolled(model: CVFP) -> Reader:
     """CVFP as a recurrent network: the ContextBlock learns with the TokenBlock."""
 
@@ -191,7 +201,8 @@ def train(
 
     A batch is `phase2_batch_size` tokens: as many lanes as that takes, `unroll` tokens of each. The
     lanes start at a random token: what they leave out of the stream, fewer tokens than there are
-    lanes, differs between epochs.
+    lanes, differs between epochs. `dropout` is that of what the model reads and of h (Zaremba et
+    al. 2014).
 
     Raises:
         ParameterError: a stream too short for a batch.
@@ -203,26 +214,40 @@ def train(
     if lanes < 1:
         raise ParameterError("unroll", steps, f"at most the stream's {total} tokens")
     length = total // lanes
-    state: State | None = None
+    # Of all lanes, overwritten in place, where a recorded step finds it.
+    carried: list[Tensor] = []
 
-    def inputs() -> TokenInputs:
-        return TokenInputs(tokens, model.embedding, experiment.num_input_tokens)
+    def inputs() -> Dropped:
+        made = Dropped(tokens, model.embedding, experiment.num_input_tokens)
+        made.share = experiment.dropout
+        return made
 
     frozen = None if model.embedding.requires_grad else inputs()
 
     def batches() -> Iterator[tuple[Tensor]]:
-        nonlocal state
         first = int(torch.randint(total - lanes * length + 1, (), generator=generator))
+        if experiment.dropout:  # each epoch anew, so that one after a checkpoint draws the same
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         starts = first + length * torch.arange(lanes, device=device)
-        state = None
+        for one in carried:
+            one.zero_()
         for along in torch.arange(length, device=device).split(steps):
             yield (starts[:, None] + along,)
 
     def loss(positions: Tensor) -> Tensor:
-        nonlocal state
         with ops.autocast(experiment.precision, device):
-            hidden, state = read(frozen or inputs(), positions, state)
-            return model.nats(hidden.flatten(0, 1), tokens[positions.flatten() + 1])
+            before = tuple(one.clone() for one in carried) or None
+            hidden, after = read(frozen or inputs(), positions, before)
+            carried.extend(map(torch.zeros_like, after[len(carried) :]))
+            for mine, one in zip(carried, after, strict=True):
+                mine.copy_(one)
+            hidden = F.dropout(hidden.flatten(0, 1), experiment.dropout)
+            return model.nats(hidden, tokens[positions.flatten() + 1])
 
     given = model, batches, loss, validate, experiment, generator
-    return phase2.fit(*given, report, tick, rest, CLIP)
+    # A transformer makes its masks on the CPU, which cannot be recorded.
+    eager = isinstance(model, Transformer)
+    recorded = 0 if eager else experiment.phase2_epochs * (length // steps)
+    # Dropout draws from torch's own generator, which alone a recorded step may draw from.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return phase2.fit(*given, report, tick, rest, CLIP, recorded)

@@ -1,10 +1,11 @@
-"""What memory a run takes, told before it trains."""
+"""What memory and time a run takes, told before it trains."""
 
 from __future__ import annotations
 
 import torch
 
-from cvfp.config import Experiment, ParameterError, resolve_device
+from cvfp import ops
+from cvfp.config import Experiment, ParameterError, resolve_device, resolve_precision
 from cvfp.embeddings import FIT_LOGITS
 from cvfp.ops import placement
 
@@ -13,6 +14,7 @@ TRAINED = 5
 # The fields that memory grows with, besides the table's two.
 FIELDS = ["context_dim", "num_layers", "num_input_tokens", "window_tokens", "phase2_batch_size"]
 FIELDS += ["loss_group"]
+WITH_PHASE1 = ("trained", "shuffled")
 
 
 def memory(experiment: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -> int:
@@ -31,13 +33,23 @@ def memory(experiment: Experiment, vocab_size: int, embedding_dim: int, tokens: 
     return 4 * (3 * table + max(fit * (experiment.embedding == "bigram"), first, second))
 
 
+def seconds(one: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -> float:
+    """Of both phases where neither stops early, nearly, at usual sizes: their products at
+    a quarter of the rate that this machine reaches in large ones. Small batches, and token after
+    token, take several times as long."""
+    context, token = _blocks(one, embedding_dim)
+    sweeps = one.phase1_max_iterations if one.contexts in WITH_PHASE1 else 2
+    epoch = 6 * (token + vocab_size * embedding_dim) + 2 * context
+    per_token = 6 * context * sweeps + epoch * one.phase2_epochs
+    dtype = getattr(torch, resolve_precision(one.precision, one.device))
+    rate = max(ops.product_rate(one.device, dtype) for _ in range(4))
+    return 4 * tokens * per_token / rate
+
+
 def check(one: Experiment, vocab_size: int | None, embedding_dim: int | None, tokens: int) -> None:
     """Refuse an Experiment whose tensors cannot fit the device: a `ParameterError` that names up to
-    three fields and values that fit, each alone.
-
-    Args:
-        vocab_size, embedding_dim: None: not known yet. tokens: to train on, as far as known.
-    """
+    three fields and values that fit, each alone. `vocab_size`, `embedding_dim`: None where not
+    known yet; `tokens` to train on, as far as known."""
     device = torch.device(resolve_device(one.device))
     most = placement.memory(device)
     sizes = {"vocab_size": vocab_size or 1, "embedding_dim": embedding_dim or 1}

@@ -9,7 +9,8 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from cvfp import (
     ops,
     phase1,
     phase2,
+    progress,
     registry,
     seeds,
     store,
@@ -49,6 +51,7 @@ from cvfp.version import __version__
 from cvfp.watch import Background, Watch, device_name
 
 VERSIONS = ("torch", "numpy", "tokenizers")
+SAID = 120  # seconds that training is expected to take, from which on a reader is told
 # Phase 2, if there was one, and the Result's other figures by name.
 Trained = tuple[phase2.Phase2 | None, dict[str, Any]]
 
@@ -109,6 +112,10 @@ def _run(
         # The fields that are no part of the key (a path, say) are the caller's.
         return Result.from_dict({**record, "experiment": experiment.to_dict(), "from_store": True})
 
+    vocab, dim = table.weight.shape
+    expected = estimate.seconds(experiment, vocab, dim, len(data.train))
+    if expected > SAID:
+        progress.tell(f"Training takes about {expected / 60:,.0f} minutes, or less")
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
     phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
     with Background(experiment.device) as background:
@@ -126,6 +133,8 @@ def _run(
     if second is not None:
         nats = float(second.validation.nats.sum())
         measured |= _of_phase2(second, data) | {"val_bpb": metrics.bits_per_byte(nats, val_bytes)}
+        if training.dev_tokens is not None:
+            measured["dev_ppl"] = second.history[second.best_epoch - 1]["val_ppl"]
 
     def units(loss: float) -> dict[str, float]:
         bits = metrics.bits_per_byte(loss * predicted, val_bytes)
@@ -168,6 +177,7 @@ class _Training:
     Attributes:
         key, phase1_key: of the run and of its Phase 1 in the store; None: it is not stored.
         partial: `follow` stopped it.
+        dev_tokens: what chooses the epoch; None: `val_tokens`.
     """
 
     experiment: Experiment
@@ -185,6 +195,8 @@ class _Training:
         device = self.experiment.device
         self.train_tokens = self.data.train.tokens.to(device)
         self.val_tokens = self.data.validation.tokens.to(device)
+        dev = self.data.development.tokens.to(device)
+        self.dev_tokens = dev if len(dev) else None
 
     def two_phases(self, model: CVFP) -> Trained:
         """CVFP, and the controls that differ from it in the contexts of Phase 2."""
@@ -209,24 +221,45 @@ class _Training:
         batches = seeds.generator(experiment.seed, "batches")
         with self.second_phase() as loop:
             train = controls.positions(model, train_contexts, self.train_tokens, experiment)
-            validation = controls.positions(model, val_contexts, self.val_tokens, experiment)
-            second = phase2.train(train, validation, experiment, batches, *loop)
-        return second, measured
+            judge = choosing = controls.positions(model, val_contexts, self.val_tokens, experiment)
+            if self.dev_tokens is not None:
+                there = self.contexts(model, self.dev_tokens)
+                choosing = controls.positions(model, there, self.dev_tokens, experiment)
+            second = phase2.train(train, choosing, experiment, batches, *loop)
+        return self.judged(second, partial(phase2.evaluate, judge)), measured
+
+    def judged(
+        self, second: phase2.Phase2, judge: Callable[[], phase2.Evaluation]
+    ) -> phase2.Phase2:
+        """Phase 2 with validation by the model that development has chosen, if it has."""
+        return second if self.dev_tokens is None else replace(second, validation=judge())
+
+    def contexts(self, model: CVFP, tokens: Tensor) -> Tensor | None:
+        """What the kind of contexts takes for a stream; None: nothing."""
+        if self.experiment.contexts in ("zero", "window"):
+            return None
+        if self.experiment.contexts in registry.CONTEXTS:
+            return exact_contexts(model.context_block, model.context_inputs(tokens)).values
+        return self.own_contexts(model, tokens)
 
     def unrolled(self, model: CVFP | Peer) -> Trained:
         """A peer, or CVFP whose ContextBlock is trained with the TokenBlock."""
-        tokens, rate = self.val_tokens, "phase2_learning_rate"
+        rate = "phase2_learning_rate"
 
-        def validate() -> phase2.Evaluation:
+        def evaluate(tokens: Tensor) -> phase2.Evaluation:
             if isinstance(model, Peer):
                 return model.evaluate(tokens, self.experiment.num_input_tokens)
             exact = exact_contexts(model.context_block, model.context_inputs(tokens), rate)
             return phase2.evaluate(phase2.Positions(model, exact.values, tokens))
 
+        judge = partial(evaluate, self.val_tokens)
+        validate = judge if self.dev_tokens is None else partial(evaluate, self.dev_tokens)
+
         read = model.read if isinstance(model, Peer) else end_to_end.unrolled(model)
         given = self.experiment, seeds.generator(self.experiment.seed, "batches")
         with self.second_phase() as loop:
             second = end_to_end.train(model, read, validate, self.train_tokens, *given, *loop)
+        second = self.judged(second, judge)
         return second, {} if isinstance(model, Peer) else self.measure_contexts(model)[-1]
 
     def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
@@ -254,7 +287,8 @@ class _Training:
         def report(row: Row) -> str | None:
             show(row)
             if row["iteration"] == abort.ITERATION:
-                inputs = model.context_inputs(self.val_tokens)
+                judge = self.val_tokens if self.dev_tokens is None else self.dev_tokens
+                inputs = model.context_inputs(judge)
                 exact = contexts.evaluate(model.context_block, inputs)
                 if exact.converged:
                     spectrum = metrics.singular_values(exact.values)
@@ -327,7 +361,8 @@ class _Training:
                 stage.show(row)
                 loop.tell(row)
 
-            yield report, stage.advance, loop.rest
+            with _tf32(self.dev_tokens is not None and self.experiment.precision == "bfloat16"):
+                yield report, stage.advance, loop.rest
         self.watch.seconds["phase2"] += loop.before
         self.partial = loop.partial
 
@@ -342,6 +377,32 @@ class _Training:
         # Plain Adam has no state before its first step that could be restored in place.
         kept = None if self.experiment.ops == "plain" else key
         return Checkpoint(kept, follow, replay, self.reuse)
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Development scored by products in TF32 where there are any: enough to choose an epoch by, and
+    three times as fast; training's are in bfloat16 then, what judges is scored later."""
+    above: Any = torch.backends
+    products: Any = torch.backends.cuda.matmul
+    before = getattr(products, "fp32_precision", None)  # a torch before 2.9 has another setting
+    if not wanted or before is None:
+        yield
+        return
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:  # what reads the same as the setting above it may be inherited, and goes on to be
+        products.fp32_precision = "none" if before == above.fp32_precision else before
+
+
+def with_model(result: Result) -> Result:
+    """The Result with its model in memory: the stored one, or trained again."""
+    try:
+        result.model()
+    except FileNotFoundError:
+        return run(result.experiment, reuse=False)
+    return result
 
 
 def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, embeddings.Table]:

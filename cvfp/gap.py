@@ -23,12 +23,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cvfp import build, contexts, experiment, metrics, ops, phase1, seeds
+from cvfp import build, contexts, experiment, metrics, ops, phase1, phase2, seeds
 from cvfp.config import Experiment, ParameterError
 from cvfp.inputs import TokenInputs
-from cvfp.model import Block
+from cvfp.model import CVFP, Block
 from cvfp.progress import Stage
 from cvfp.recurrence import Recurrence
+from cvfp.result import Result
 
 AS_LEFT = "as Phase 1 leaves them"
 CAUSES = {
@@ -82,12 +83,9 @@ class Gap:
 
 def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
     """Train Phase 1 of an Experiment and measure each cause of the gap to its exact contexts, in
-    windows of up to `sweeps` tokens and as many noiseless sweeps.
-
-    Raises:
-        ParameterError: a field that does not fit the machine or the data.
-        FloatingPointError: Phase 1 diverged, or the exact contexts did not converge.
-    """
+    windows of up to `sweeps` tokens and as many noiseless sweeps. Raises `ParameterError`: a field
+    that does not fit the machine or the data. Raises FloatingPointError: Phase 1 diverged, or the
+    exact contexts did not converge."""
     if sweeps < 1:
         raise ParameterError("sweeps", sweeps, "at least 1")
     exp = exp.resolved()
@@ -173,11 +171,8 @@ def sweep(
     ring: bool = False,
 ) -> Tensor:
     """All tokens at once, each reading its predecessor's row of `values` [T, D]: one Jacobi sweep.
-
-    Args:
-        noise: standard deviation of what is added to the contexts read, drawn from `generator`.
-        ring: token 0 reads the last row, as in Phase 1; else zeros.
-    """
+    `noise` is the standard deviation of what is added to the contexts read, drawn from `generator`;
+    with `ring`, token 0 reads the last row, as in Phase 1; else zeros."""
     new = torch.empty_like(values)
     last = values[-1:] if ring else torch.zeros_like(values[:1])
     for start in range(0, len(values), CHUNK):
@@ -191,6 +186,40 @@ def sweep(
     return new
 
 
+@torch.no_grad()
+def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
+    """What of its memory a trained model uses: one row a held-out conversation, columns tokens (of
+    it), nats, and for each k of `tokens` the nats with contexts that have seen the last k tokens
+    before the current one; what lies further back is another conversation's.
+
+    Raises:
+        FileNotFoundError: its model is not stored (`Result.model`).
+        ParameterError: a model without contexts of its own.
+    """
+    model, exp = result.model(), result.experiment
+    if not isinstance(model, CVFP) or exp.contexts not in ("trained", "random", "end_to_end"):
+        raise ParameterError("contexts", exp.contexts, "'trained', 'random' or 'end_to_end'")
+    stream = experiment.prepare(exp)[0].validation
+    ids, block = stream.tokens.to(exp.device), model.context_block
+    inputs = model.context_inputs(ids)
+    exact = experiment.exact_contexts(block, inputs).values
+    conversations = torch.bucketize(torch.arange(1, len(ids)), stream.starts, right=True) - 1
+
+    def scored(contexts: Tensor) -> Tensor:
+        nats = phase2.evaluate(phase2.Positions(model, contexts, ids)).nats
+        return torch.bincount(conversations, nats, len(stream.starts))
+
+    columns = {"tokens": torch.bincount(conversations), "nats": scored(exact)}
+    # As they stand half a stream away: in another conversation.
+    cut, seen = exact.roll(len(exact) // 2, 0), 0
+    for wanted in sorted(tokens):
+        for _ in range(wanted - seen):
+            cut = sweep(block, inputs, cut)
+        seen = wanted
+        columns[f"{wanted}"] = scored(cut)
+    return pd.DataFrame(columns)
+
+
 def times(
     block: Block,
     inputs: TokenInputs,
@@ -201,11 +230,8 @@ def times(
 ) -> pd.DataFrame:
     """Median seconds for contexts of the first T tokens: columns tokens, sequential (null over
     `longest_sequential` tokens), shifted (one sweep), blocks, and the largest relative difference
-    between the contexts of blocks and sequential.
-
-    Raises:
-        ParameterError: a length that the stream does not have.
-    """
+    between the contexts of blocks and sequential. Raises `ParameterError`: a length that the stream
+    does not have."""
     for length in lengths:
         if not 1 <= length <= len(inputs):
             raise ParameterError("lengths", list(lengths), f"lengths of 1 to {len(inputs)} tokens")

@@ -13,12 +13,8 @@ def generate(
 ) -> str:
     """`prompt` and its continuation; the state is one context vector and n tokens.
 
-    Args:
-        temperature: divides the logits before sampling; 0: always the likeliest token.
-
-    Raises:
-        ValueError: no tokeniser, a prompt without tokens, or a number out of range.
-    """
+    `temperature` divides the logits before sampling; 0: always the likeliest token. Raises
+    ValueError: no tokeniser, a prompt without tokens, or a number out of range."""
     if not model.generates:
         raise ValueError("contexts: got a control without any; accepted: a model that has them")
     if model.tokenizer is None:

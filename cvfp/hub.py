@@ -59,14 +59,9 @@ def require_hub(parameter: str, name: str) -> None:
 
 
 def rows(dataset: str, config: str | None, split: str, parameter: str) -> Iterator[dict[str, Any]]:
-    """Rows of one split of a hub dataset, streamed: no more is downloaded than is read.
-
-    Args:
-        parameter: the Experiment's field that names the split.
-
-    Raises:
-        ParameterError: no such dataset or split, or one that cannot be read.
-    """
+    """Rows of one split of a hub dataset, streamed: no more is downloaded than is read. `parameter`
+    is the Experiment's field that names the split. Raises `ParameterError`: no such dataset or
+    split, or one that cannot be read."""
     import datasets  # takes a second, and local files do without
 
     try:
@@ -86,12 +81,8 @@ def files(
     names of files and folders: train, validation (valid, val, dev), test (eval), or what stands
     before -00000-of-00001. Where no name tells one, all are for training.
 
-    Args:
-        suffixes: what a corpus's files end in, without .gz.
-
-    Raises:
-        ParameterError: no such split, configuration or files, or it is unclear which are meant.
-    """
+    `suffixes` is what a corpus's files end in, without .gz. Raises `ParameterError`: no such split,
+    configuration or files, or it is unclear which are meant."""
     if not path.is_dir():
         return [path]
     base, patterns = _declared(path, config)
@@ -161,13 +152,9 @@ def _declared(folder: Path, config: str | None) -> tuple[Path, dict[str, list[st
 def pretrained(parameter: str, name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
     """Load a local folder, a hub id from the hub's cache, or one to download (held in memory: 4).
 
-    Args:
-        parameter: the Experiment's field that `name` is the value of.
-        load: called with the name or path and `local_files_only`.
-
-    Raises:
-        ParameterError: nothing of that name that `load` can read.
-    """
+    `load` is called with the name or path and `local_files_only`. Raises `ParameterError` of
+    `parameter`, the Experiment's field that `name` is the value of: nothing of that name that can
+    be read."""
     path = local(name)
     return _pretrained(parameter, name, load, tuple(signature(path)) if path else ())
 

@@ -48,11 +48,9 @@ def given(
         own: the notebook's own parameters, each with its kind (`parameters.KINDS`), "… or None"
             where None is allowed. One with the name of a field takes the field's place.
 
-    Raises:
-        ParameterError: a name that is no parameter (the nearest one is named), a field that the
-            notebook sets itself, an own parameter that is missing, ill-typed or out of range.
-        ValueError: a mistake of the notebook in `varies` or `own`.
-    """
+    Raises `ParameterError`: a name that is no parameter (the nearest one is named), a field that
+    the notebook sets itself, an own parameter that is missing, ill-typed or out of range. Raises
+    ValueError: a mistake of the notebook in `varies` or `own`."""
     varies = varies or {}
     if not set(varies) <= set(FIELDS) - set(own):
         raise ValueError(f"varies: got {', '.join(varies)}; accepted: fields not in own")
@@ -75,17 +73,9 @@ def given(
 
 
 class Given:
-    """A notebook's parameters; its own ones are attributes, parsed: `given.seeds`.
-
-    Attributes:
-        preset: name of the preset.
-        parameters: all that it takes to repeat the runs, as they were written: without those left
-            at None, and without `n_jobs`.
-
-    Args:
-        chosen: names of the Experiment's fields that were set.
-        kinds: of the notebook's own parameters.
-    """
+    """A notebook's parameters; its own ones are attributes, parsed: `given.seeds`. `parameters` is
+    all that it takes to repeat the runs, as it was written: without those left at None, and without
+    `n_jobs`. `chosen`: the Experiment's fields that were set; `kinds`: of its own parameters."""
 
     def __init__(
         self, namespace: Mapping[str, Any], chosen: Sequence[str], kinds: Mapping[str, str]
@@ -95,11 +85,8 @@ class Given:
         self._own = {name: parsed(name, namespace[name], kind) for name, kind in kinds.items()}
         self._sizes = [n for n, kind in kinds.items() if kind.removesuffix(" or None") in SIZES]
         # What is no JSON, such as a range, is recorded as parsed.
-        written = {
-            name: namespace[name] if isinstance(namespace[name], PLAIN) else value
-            for name, value in self._own.items()
-        }
-        everything = {"preset": self.preset, **self._chosen, **written, "n_jobs": None}
+        written = {n: namespace[n] for n in kinds if isinstance(namespace[n], PLAIN)}
+        everything = {"preset": self.preset, **self._chosen, **self._own, **written, "n_jobs": None}
         self.parameters = {k: value for k, value in everything.items() if value is not None}
 
     def __getattr__(self, name: str) -> Any:
@@ -110,11 +97,8 @@ class Given:
 
     def experiment(self, **overrides: Any) -> Experiment:
         """The preset with the fields that were set, `overrides` in their place, and sizes settled.
-
-        Raises:
-            ParameterError: a value that cannot be used, on this machine or with this corpus; a
-                size, in any of the notebook's parameters, that the corpus does not have.
-        """
+        Raises `ParameterError`: a value that cannot be used, on this machine or with this corpus; a
+        size, in any of the notebook's parameters, that the corpus does not have."""
         experiment = Experiment.preset(self.preset, **{**self._chosen, **overrides})
         experiment.resolved()
         for name in self._sizes or ["samples"]:
@@ -134,41 +118,32 @@ class Given:
         return experiment
 
     def source(self, notebook: str, one: Result) -> Source:
-        """What repeats a measurement: the notebook's file name without its ending, and parameters.
-
-        Args:
-            one: any of its runs, all of the same corpus, tokeniser and device.
-        """
+        """What repeats a measurement: the notebook's file name without its ending, and parameters;
+        `one` is any of its runs, all of the same corpus, tokeniser and device."""
         from cvfp.analysis.measures import Source  # loads SciPy and pandas
 
         return Source(notebook, one, **self.parameters)
 
 
-def record(
-    results: Sequence[Result], judged: Mapping[str, Measurement] | None = None
-) -> pd.DataFrame:
+def record(results: Sequence[Result], judged: Sequence[Measurement] = ()) -> pd.DataFrame:
     """The last cell: stores the measurements of claims, and lists the runs that they come from."""
     from cvfp.analysis import ledger, tables
 
-    for name, measurement in (judged or {}).items():
-        ledger.record(name, measurement)
+    for measurement in judged:
+        ledger.record(measurement)
     return tables.record(results)
 
 
-class _Cell:
-    """A cell that ran: the names that it assigns, and whether it only assigns literals."""
-
-    def __init__(self, source: str) -> None:
-        try:
-            body = ast.parse(source).body
-        except (SyntaxError, ValueError):
-            body = []
-        kinds = (ast.Assign, ast.AnnAssign)
-        assigns = [one for one in body if isinstance(one, kinds) and one.value]
-        nodes = [node for one in assigns for node in ast.walk(one) if isinstance(node, ast.Name)]
-        self.names = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
-        literals = len(assigns) == len(body) and all(_literal(one.value) for one in assigns)
-        self.literal = literals and bool(body)
+def _cell(source: str) -> tuple[set[str], bool]:
+    """Names that a cell that ran assigns, and whether it only assigns literals."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        body = []
+    assigns = [one for one in body if isinstance(one, (ast.Assign, ast.AnnAssign)) and one.value]
+    nodes = [node for one in assigns for node in ast.walk(one) if isinstance(node, ast.Name)]
+    names = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    return names, 0 < len(assigns) == len(body) and all(_literal(one.value) for one in assigns)
 
 
 def _literal(value: ast.expr | None) -> bool:
@@ -193,13 +168,13 @@ def _assigned(namespace: Mapping[str, Any], declared: set[str]) -> tuple[list[st
     if not isinstance(history, list):
         must = may = {name for name, value in namespace.items() if isinstance(value, PLAIN)}
     else:
-        cells = [_Cell(str(source)) for source in history]
-        own = [i for i, cell in enumerate(cells) if declared <= cell.names]
+        cells = [_cell(str(source)) for source in history]
+        own = [i for i, (names, _) in enumerate(cells) if declared <= names]
         own = [i for i in own if not history[i].startswith("# Parameters\n")]  # papermill's
         later = cells[own[-1] + 1 :] if own else []
-        block = [cells[own[-1]]] if own else [cell for cell in cells if cell.literal]
-        block += itertools.takewhile(lambda cell: cell.literal, later)
-        must = {name for cell in block for name in cell.names}
-        may = must | {name for cell in later if cell.literal for name in cell.names}
+        block = [cells[own[-1]]] if own else [cell for cell in cells if cell[1]]
+        block += itertools.takewhile(lambda cell: cell[1], later)
+        must = set().union(*(names for names, _ in block))
+        may = must.union(*(names for names, literal in later if literal))
     names = [name for name in namespace if name in may and not name.startswith("_")]
     return names, [name for name in names if name in must and isinstance(namespace[name], PLAIN)]

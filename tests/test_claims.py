@@ -23,18 +23,20 @@ from cvfp.analysis.claims import CLAIMS, Measurement
 ALL = [f"C{number}" for number in range(1, 20)]
 
 
-def measurement(**changes: Any) -> Measurement:
+def measurement(name: str = "C1.ppl", setting: str = "mini", **changes: Any) -> Measurement:
+    id, part = name.split(".")
     given: dict[str, Any] = dict(
-        value=0.8,
-        low=0.7,
-        high=0.9,
-        seeds=3,
-        words="PPL ratio at 200 conversations",
-        notebook="06_controls",
+        n=3,
+        estimate=-0.2,
+        low=-0.3,
+        high=-0.1,
+        p=0.01,
+        words="at 200 conversations",
+        by="06_controls",
         parameters={"samples": 200, "seeds": [0, 1, 2], "device": "cpu"},
         ran_on="chitchat, bpe",
     )
-    return Measurement(**(given | changes))
+    return Measurement(id, part, setting, **(given | changes))
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 FIGURES: dict[str, dict[str, tuple[float, int]]] = {
     "C1": {
         "ppl_change": (-0.39, 2),
+        "ppl_change_000": (-0.38, 2),
         "accuracy_change": (0.23, 2),
         "er_ratio": (8.83, 2),
         "ppl_change_least": (-0.363, 3),
@@ -204,7 +207,8 @@ def test_figures_come_from_the_tables(id: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(published, "table", bent)
     after = recomputed.figures(id)
     same = {name for name in before if before[name] == after[name]}
-    assert same <= {"tokens", "pairs", "configurations", "more_samples"}
+    # Of whole numbers, which stay.
+    assert same <= {"tokens", "pairs", "configurations", "more_samples", "ppl_change_000"}
     assert words != ledger.from_tables(CLAIMS[id])
 
 
@@ -255,133 +259,273 @@ def test_c16_leaves_each_configuration_out() -> None:
 
 # One value that the claim says, one that it does not, and an end of the region.
 SIDES: dict[str, tuple[float, float, float]] = {
-    "C1": (324.5 / 536, 1.1, 1),
-    "C2": (0.9969, 0.98, 0.99),
-    "C3": (51, 5, 10),
-    "C4": (-0.459, 0.1, 0),
-    "C5": (0.1, -0.98, -0.3),
-    "C6": (-0.403, 0.1, 0),
-    "C7": (-0.04, 0.09, 0.05),
-    "C8": (-0.097, 0.1, 0),
-    "C9": (0.57, 0.1, 0.2),
-    "C10": (-0.05, 0.08, -0.01),
-    "C11": (1.7, -1, 0),
-    "C12": (0.5, -0.5, 0),
-    "C13": (-0.14, 0.01, 0),
-    "C14": (-3.6, 1, 0),
-    "C15": (0.072, -0.1, 0),
-    "C16": (0.02, -0.011, 0),
-    "C17": (1.9, 5, 2),
-    "C18": (0.2, -0.1, 0),
-    "C19": (0.8, 4.2, 2),
+    "C1.ppl": (324.5 / 536 - 1, 0.1, 0),
+    "C1.accuracy": (0.23, -0.1, 0),
+    "C1.er": (7.82, -0.1, 0),
+    "C2.cosine_mean": (0.9969, 0.98, 0.99),
+    "C2.cosine_min": (0.989, 0.9, 0.965),
+    "C2.mse": (0.006156, 0.1, 0.02),
+    "C2.relative_error_mean": (0.075, 0.3, 0.14),
+    "C2.first": (0.9966, 0.9, 0.99),
+    "C2.middle": (0.9969, 0.9, 0.99),
+    "C2.last": (0.9972, 0.9, 0.99),
+    "C3.shifted": (51, 5, 10),
+    "C3.blocks": (51, 5, 10),
+    "C4.alpha": (-0.459, 0.1, 0),
+    "C4.per_doubling": (-0.27, 0.1, 0),
+    "C4.form": (0.5, 37, 1),
+    "C5.r": (0.1, -0.98, -0.3),
+    "C6.alpha": (-0.403, 0.1, 0),
+    "C6.per_doubling": (-0.24, 0.1, 0),
+    "C6.form": (0.5, 37, 1),
+    "C7.error": (-0.04, 0.09, 0.05),
+    "C7.no_change": (-0.1, 0.1, 0),
+    "C8.difference": (-0.097, 0.1, 0),
+    "C8.alpha_deep": (-0.287, 0.1, 0),
+    "C8.alpha_wide": (-0.385, 0.1, 0),
+    "C8.per_doubling_deep": (-0.22, 0.1, 0),
+    "C8.per_doubling_wide": (-0.3, 0.1, 0),
+    "C8.crossover": (141_000, -1, 0),
+    "C8.form_deep": (0.5, 37, 1),
+    "C8.form_wide": (0.5, 37, 1),
+    "C9.rise": (0.57, 0.1, 0.2),
+    "C10.ppl": (-0.05, 0.08, -0.01),
+    "C10.accuracy": (2.2, -1, 0),
+    "C11.er": (1.7, -1, 0),
+    "C11.alpha": (0.04, -0.1, 0),
+    "C12.r": (0.5, -0.5, 0),
+    "C13.ppl": (-0.14, 0.01, 0),
+    "C13.er": (2.1, -1, 0),
+    "C13.alpha": (0.01, 0.07, 0.04),
+    "C14.er": (-3.6, 1, 0),
+    "C15.change": (0.072, -0.1, 0),
+    "C16.gain": (0.02, -0.011, 0),
+    "C16.rule": (0.12, 0.2, 0.15),
+    "C17.gap": (1.9, 5, 2),
+    **{
+        f"C18.{rule}": (0.2, -0.1, 0)
+        for rule in (
+            *("validation_er", "iterations", "er_gap"),
+            *("abort_er", "abort_stalls", "abort_loss", "any_abort"),
+        )
+    },
+    "C19.change": (0.8, 4.2, 2),
 }
 
 
-@pytest.mark.parametrize("id", ALL)
-def test_each_region_is_on_the_claims_side(id: str) -> None:
-    claim = CLAIMS[id]
-    said, other, end = SIDES[id]
+def test_parts_are_those_of_the_sides() -> None:
+    assert [f"{id}.{part}" for id in CLAIMS for part in CLAIMS[id].parts] == list(SIDES)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_each_region_is_on_the_claims_side(name: str) -> None:
+    said, other, end = SIDES[name]
 
     def judged(value: float) -> str:
-        near = measurement(value=value, low=value - 1e-4, high=value + 1e-4)
-        return claims.verdict(claim, near)
+        return measurement(name, low=value - 1e-4, high=value + 1e-4).direction
 
     assert judged(said) == "agrees"
     assert judged(other) == "contradicts"
     assert judged(end) == "inconclusive"
-    assert end in claim.region
+    part = measurement(name).of
+    assert end in part.region
+    # What the note prints is what the claim says.
+    assert all(part.region[0] <= one <= part.region[1] for one in part.magnitude or ())
+
+
+def test_printed_numbers_are_those_of_the_notes() -> None:
+    """To the digits printed, from the notes' own tables where they give them."""
+    figures = {id: recomputed.figures(id) for id in ALL}
+    expected = {
+        "C1.ppl": (figures["C1"]["ppl_change"], figures["C1"]["ppl_change_000"]),
+        "C1.accuracy": (figures["C1"]["accuracy_change"],),
+        "C4.alpha": (figures["C4"]["alpha"],),
+        "C4.per_doubling": (figures["C4"]["per_doubling"],),
+        "C6.alpha": (figures["C6"]["alpha"],),
+        "C6.per_doubling": (figures["C6"]["per_doubling"],),
+        "C11.er": (figures["C11"]["er_least"], figures["C11"]["er_most"]),
+        "C13.ppl": (figures["C13"]["change_published"],),
+        "C13.er": (figures["C13"]["er_change"],),
+        "C15.change": (figures["C15"]["change"],),
+    }
+    for name, values in expected.items():
+        assert measurement(name).of.magnitude == pytest.approx(values, abs=0.006), name
+    names = [f"{id}.{part}" for id in CLAIMS for part in CLAIMS[id].parts]
+    without = {one.split(".")[0] for one in names if measurement(one).of.magnitude is None}
+    assert without == {f"C{number}" for number in (3, 4, 5, 6, 7, 8, 10, 12, 16, 18, 19)}
+
+
+def test_what_cannot_fail_says_so() -> None:
+    names = {f"{id}.{x.id}" for id in CLAIMS for x in CLAIMS[id].parts.values() if x.cannot_fail}
+    laws = ["C4.{}", "C6.{}", "C8.{}_deep", "C8.{}_wide"]
+    every = {one.format(part) for one in laws for part in ("alpha", "per_doubling")}
+    assert names == every | {"C8.crossover"}
+    assert "(nothing could fail it, p 0.01)" in measurement("C4.alpha").judged
+    assert "nothing" not in measurement("C4.form").judged
 
 
 @pytest.mark.parametrize(
-    ("region", "low", "high", "expected"),
+    ("name", "low", "high", "expected"),
     [
-        ((0.0, 1.0), 0.7, 0.9, "agrees"),
-        ((0.0, 1.0), 0.9, 0.9, "agrees"),
-        ((0.0, 1.0), 0.9, 1.1, "inconclusive"),
-        ((0.0, 1.0), -0.1, 0.9, "inconclusive"),
-        ((0.0, 1.0), -0.1, 1.1, "inconclusive"),
-        ((0.0, 1.0), 1.1, 1.2, "contradicts"),
-        ((0.0, 1.0), -1.2, -1.1, "contradicts"),
-        # The region's ends do not belong to it: a ratio of 1 is no gain.
-        ((0.0, 1.0), 0.9, 1.0, "inconclusive"),
-        ((0.0, 1.0), 0.0, 0.9, "inconclusive"),
-        ((0.0, 1.0), 1.0, 1.1, "contradicts"),
-        ((0.0, 1.0), -0.1, 0.0, "contradicts"),
-        ((0.0, 1.0), 1.0, 1.0, "contradicts"),
-        ((0.0, math.inf), 1.0, 1e9, "agrees"),
-        ((-math.inf, 0.0), -1e9, -1.0, "agrees"),
-        ((-math.inf, 0.0), -1.0, 1.0, "inconclusive"),
-        ((-math.inf, 0.0), 0.0, 1.0, "contradicts"),
+        ("C5.r", -0.2, 0.2, "agrees"),
+        ("C5.r", 0.2, 0.2, "agrees"),
+        ("C5.r", 0.2, 0.4, "inconclusive"),
+        ("C5.r", -0.4, 0.2, "inconclusive"),
+        ("C5.r", -0.4, 0.4, "inconclusive"),
+        ("C5.r", 0.4, 0.5, "contradicts"),
+        ("C5.r", -0.5, -0.4, "contradicts"),
+        # The region's ends do not belong to it.
+        ("C5.r", 0.2, 0.3, "inconclusive"),
+        ("C5.r", -0.3, 0.2, "inconclusive"),
+        ("C5.r", 0.3, 0.4, "contradicts"),
+        ("C5.r", -0.4, -0.3, "contradicts"),
+        ("C5.r", 0.3, 0.3, "contradicts"),
+        ("C3.blocks", 11.0, 1e9, "agrees"),
+        ("C4.alpha", -1e9, -1.0, "agrees"),
+        ("C4.alpha", -1.0, 1.0, "inconclusive"),
+        ("C4.alpha", 0.0, 1.0, "contradicts"),
     ],
 )
-def test_rule(region: tuple[float, float], low: float, high: float, expected: str) -> None:
-    claim = replace(CLAIMS["C1"], region=region)
-    assert claims.verdict(claim, measurement(low=low, high=high)) == expected
+def test_rule(name: str, low: float, high: float, expected: str) -> None:
+    assert measurement(name, low=low, high=high).direction == expected
 
 
-def test_rule_needs_three_seeds_and_an_interval() -> None:
-    claim = CLAIMS["C1"]
-    assert claims.verdict(claim, None) == "not run"
-    assert claims.verdict(claim, measurement(seeds=3)) == "agrees"
-    assert claims.verdict(claim, measurement(seeds=2)) == "inconclusive"
-    assert claims.verdict(claim, measurement(seeds=0)) == "inconclusive"
-    assert claims.verdict(claim, measurement(low=None, high=None)) == "inconclusive"
-    assert claims.verdict(claim, measurement(seeds=2, low=2, high=3)) == "inconclusive"
-    none = measurement(value=None, low=None, high=None)
-    assert claims.verdict(claim, none) == "inconclusive"
+@pytest.mark.parametrize(
+    ("name", "low", "high", "expected"),
+    [
+        ("C4.alpha", -0.5, -0.4, "agrees"),
+        ("C4.alpha", -0.459, -0.4, "agrees"),
+        ("C4.alpha", -0.45, -0.4, "contradicted"),
+        ("C4.alpha", -0.6, -0.46, "contradicted"),
+        # Several numbers: any from the least to the largest.
+        ("C9.rise", 0.3, 0.6, "agrees"),
+        ("C9.rise", 0.9, 1.0, "agrees"),
+        ("C9.rise", 1.8, 5.0, "agrees"),
+        ("C9.rise", 0.3, 0.5, "contradicted"),
+        ("C9.rise", 1.9, 5.0, "contradicted"),
+        ("C5.r", -0.9, 0.9, None),
+    ],
+)
+def test_magnitude(name: str, low: float, high: float, expected: str | None) -> None:
+    assert measurement(name, low=low, high=high).magnitude == expected
+
+
+def test_rules_need_three_seeds_and_an_interval() -> None:
+    for changes in (
+        {"n": 2},
+        {"n": 0},
+        {"low": None, "high": None},
+        {"n": 2, "low": 2, "high": 3},
+        {"estimate": None, "low": None, "high": None},
+    ):
+        assert measurement(**changes).direction == "inconclusive"
+        assert measurement(**changes).magnitude == "inconclusive"
+        assert measurement("C5.r", **changes).magnitude is None
+    assert measurement(n=3).direction == "agrees"
+
+
+def test_both_verdicts_in_words() -> None:
+    one = measurement(n=5, estimate=-0.0273, low=-0.0377, high=-0.0168, p=0.0012, holm=0.04)
+    assert one.judged == (
+        "-2.73 % [-3.77 %, -1.68 %], n 5: direction agrees (p 0.0012, survives Holm); "
+        "-39 % … -38 % contradicted: -2.73 %"
+    )
+    assert "(p 0.0012, does not survive Holm)" in replace(one, holm=0.05).judged
+    unclear = replace(one, low=-0.4, high=0.1, p=0.3, holm=0.9)
+    assert unclear.judged.endswith("inconclusive (p 0.3); -39 % … -38 % agrees")
+    alone = replace(one, n=1, low=None, high=None, p=None, holm=None)
+    assert alone.judged == (
+        "-2.73 % [no end, no end], n 1: direction inconclusive; -39 % … -38 % inconclusive"
+    )
+    none = measurement("C8.crossover", estimate=None, low=None, high=None, p=None)
+    assert none.judged.startswith("no value [no end, no end], n 3: direction inconclusive (nothing")
+    assert measurement("C8.crossover", estimate=154_471.2).judged.startswith("154,500 tokens [")
+
+
+def test_holm() -> None:
+    """Four p's worked by hand; another setting does not count, nor what has no p."""
+    names = ("C2.mse", "C1.ppl", "C3.blocks", "C5.r", "C6.form")
+    given = dict(zip(names, (0.01, 0.03, 0.04, 0.005, None), strict=True))
+    several = [measurement(name, p=p) for name, p in given.items()]
+    found = claims.corrected([*several, measurement("C4.form", "other", p=0.2)])
+    assert {f"{one.id}.{one.part}": one.holm for one in found} == {
+        "C1.ppl": pytest.approx(0.06),
+        "C2.mse": pytest.approx(0.03),
+        "C3.blocks": pytest.approx(0.06),
+        "C4.form": pytest.approx(0.2),
+        "C5.r": pytest.approx(0.02),
+        "C6.form": None,
+    }
+    assert [one.key for one in found] == sorted(one.key for one in found)
+    # In another order, and corrected once more: the same.
+    assert claims.corrected(found[::-1]) == found
+
+
+def test_later_measurements_take_the_place_of_earlier_ones() -> None:
+    earlier, later = measurement(), measurement(estimate=-0.25)
+    other = measurement(setting="other")
+    found = claims.corrected([earlier, other, later])
+    assert [(one.setting, one.estimate) for one in found] == [("mini", -0.25), ("other", -0.2)]
 
 
 def test_a_damaged_measurement_is_none(store: Path) -> None:
-    path = ledger.record("C10", measurement())
-    path.write_text(path.read_text(encoding="utf-8").replace("0.8", "0.3"), encoding="utf-8")
-    with pytest.warns(UserWarning, match="C10.json: damaged"):
-        assert ledger.measurements() == {}
+    path = ledger.record(measurement("C10.ppl"))
+    path.write_text(path.read_text(encoding="utf-8").replace("0.2", "0.3"), encoding="utf-8")
+    with pytest.warns(UserWarning, match="C10.ppl.mini.json: damaged"):
+        assert ledger.measurements() == []
     with pytest.raises(ValueError, match="not JSON compliant"):
-        ledger.record("C10", measurement(value=math.nan))
-    assert ledger.measurements() == {}
+        ledger.record(measurement("C10.ppl", estimate=math.nan))
+    assert ledger.measurements() == []
 
 
 def test_every_claim_once() -> None:
     assert list(CLAIMS) == ALL
     assert [claim.id for claim in CLAIMS.values()] == ALL
-    for name in ("title", "sentence", "quantity", "published", "recomputed", "takes"):
+    for name in ("title", "sentence", "published", "recomputed", "takes"):
         assert len({getattr(claim, name) for claim in CLAIMS.values()}) == 19
     for claim in CLAIMS.values():
-        assert claim.region[0] < claim.region[1]
+        for id, part in claim.parts.items():
+            assert part.id == id
+            assert part.region[0] < part.region[1]
+            assert part.crosses
+            assert part.unit in ("", "%", "points", "tokens")
+            assert part.scale in ("plain", "relative", "correlation")
         assert re.fullmatch(r"[A-Zα][^\n]*[a-z0-9%]\.", claim.sentence)
         assert re.fullmatch(r"0[1-7]_[a-z_0-9]+", claim.notebook)
         assert re.match(r"00[0-4]\b", claim.notes)
 
 
 def test_regions_in_words() -> None:
-    words = {id: CLAIMS[id].where for id in ("C1", "C3", "C4", "C19")}
-    assert words == {
-        "C1": "between 0 and 1",
-        "C3": "above 10",
-        "C4": "below 0",
-        "C19": "between -2 and 2",
-    }
+    names = ("C1.ppl", "C3.blocks", "C9.rise", "C19.change", "C8.crossover")
+    assert [measurement(name).of.where for name in names] == [
+        "below 0 %",
+        "above 10",
+        "above 20 %",
+        "above -2 points and below 2 points",
+        "above 0 tokens",
+    ]
 
 
 def test_record_and_read_again(store: Path) -> None:
-    assert ledger.measurements() == {}
-    one = measurement(value=np.float64(0.8), parameters={"seeds": (0, 1), "x": None, "on": True})
-    path = ledger.record("C10", one)
-    assert path == store / "C10.json"
-    ledger.record("C2", measurement(low=None, high=None, words="α × 10"))
-    assert [file.name for file in sorted(store.iterdir())] == ["C10.json", "C2.json"]
-    found = ledger.measurements()
-    assert list(found) == ["C2", "C10"]
-    assert found["C10"] == one
-    assert found["C10"].parameters == {"seeds": [0, 1], "x": None, "on": True}
-    assert found["C2"].low is None
-    assert found["C2"].words == "α × 10"
-    again = measurement(value=0.85)
-    ledger.record("C10", again)
-    assert ledger.measurements()["C10"] == again
+    assert ledger.measurements() == []
+    parameters = {"seeds": (0, 1), "x": None, "on": True}
+    one = measurement("C10.ppl", estimate=np.float64(0.8), parameters=parameters)
+    path = ledger.record(one)
+    assert path == store / "C10.ppl.mini.json"
+    two = measurement("C2.mse", low=None, high=None, words="α × 10")
+    ledger.record(two)
+    names = ["C10.ppl.mini.json", "C2.mse.mini.json"]
+    assert [file.name for file in sorted(store.iterdir())] == names
+    assert ledger.measurements() == [two, one]
+    assert ledger.measurements()[1].parameters == {"seeds": [0, 1], "x": None, "on": True}
+    # One measurement a part and setting.
+    again, elsewhere = measurement("C10.ppl"), measurement("C10.ppl", "published_size")
+    ledger.record(again)
+    ledger.record(elsewhere)
+    assert ledger.measurements() == [two, again, elsewhere]
     # Half-written files of another process are not read.
     (store / ".part.json").write_text("{", encoding="utf-8")
-    assert len(ledger.measurements()) == 2
+    assert len(ledger.measurements()) == 3
 
 
 def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,25 +537,26 @@ def test_record_goes_through_whole(store: Path, monkeypatch: pytest.MonkeyPatch)
         return whole(path)
 
     monkeypatch.setattr(cache, "whole", watched)
-    ledger.record("C1", measurement())
-    assert store / "C1.json" in paths
+    ledger.record(measurement())
+    assert store / "C1.ppl.mini.json" in paths
 
 
-@pytest.mark.parametrize("id", ["C0", "C20", "c1", "", "../C1"])
-def test_unknown_ids_are_named(id: str, store: Path) -> None:
-    said = re.escape(f"id: got {id!r}; accepted: one of C1, C2, ")
+@pytest.mark.parametrize("key", ["C0.ppl.mini", "c1.ppl.mini", "C1.r.mini", "C1.ppl.large"])
+def test_what_is_no_part_or_setting_is_named(key: str) -> None:
+    id, part, setting = key.split(".")
+    said = re.escape(f"id, part, setting: got {(id, part, setting)!r}; accepted: a part in")
     with pytest.raises(ValueError, match=said):
-        ledger.record(id, measurement())
-    with pytest.raises(ValueError, match=said):
-        ledger.frame([id], {})
-    with pytest.raises(ValueError, match=said):
-        ledger.markdown({id: measurement()})
-    assert not store.exists()
+        measurement(f"{id}.{part}", setting)
+
+
+def test_unknown_claims_are_named() -> None:
+    with pytest.raises(ValueError, match=re.escape("ids: got ['C20']; accepted: some of C1, C2")):
+        ledger.frame(["C1", "C20"], [])
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[1]", "null", '{"C1": {"value": 1}}', '{"C1": {"surprise": 1}}', "NaN", '{"C20": {}}'],
+    ["{", "[1]", "null", '[{"id": "C1"}]', '[{"surprise": 1}]', "NaN", '{"C1": {"value": 1}}'],
 )
 def test_ledgers_that_are_none_are_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
@@ -420,78 +565,68 @@ def test_ledgers_that_are_none_are_named(text: str, tmp_path: Path) -> None:
         ledger.load(path)
 
 
-def test_row() -> None:
-    claim = CLAIMS["C1"]
-    row = ledger.row(claim, measurement(value=0.79412, low=0.75106, high=0.84049))
-    assert row == {
-        "claim": "C1",
-        "sentence": claim.sentence,
-        "published": claim.published,
-        "recomputed": ledger.from_tables(claim),
-        "measured": "0.7941 [0.7511, 0.8405] (PPL ratio at 200 conversations)",
-        "n": "3",
-        "verdict": "agrees",
-        "by": "06_controls",
-    }
-    row = ledger.row(CLAIMS["C6"], None)
-    assert row["recomputed"].startswith("does not stand as printed: α -0.4026, R² 0.9920, A 66,783")
-    assert row["measured"] == f"not run; takes {CLAIMS['C6'].takes}"
-    assert (row["n"], row["verdict"], row["by"]) == ("–", "not run", "03_scaling")
-    row = ledger.row(CLAIMS["C3"], measurement(value=None, low=None, high=None, seeds=1))
-    assert row["recomputed"].startswith("cannot be told: ")
-    assert row["measured"].startswith("no value (")
-    assert ledger.row(claim, measurement(low=None, high=None))["measured"].startswith(
-        "0.8, no interval ("
-    )
-
-
 def test_frame() -> None:
-    columns = ["claim", "sentence", "published", "recomputed", "measured", "n", "verdict", "by"]
-    ledger.record("C3", measurement(value=20, low=15, high=25, notebook="02_other"))
-    stored = ledger.frame(CLAIMS, ledger.measurements())
-    assert list(stored.columns) == columns
-    assert stored.claim.tolist() == ALL
-    assert stored.set_index("claim").verdict["C3"] == "agrees"
-    assert stored.set_index("claim").by["C3"] == "02_other"
-    some = ledger.frame(["C7", "C3"], {"C7": measurement(value=0.2, low=0.1, high=0.3)})
-    assert some.claim.tolist() == ["C7", "C3"]
-    assert some.verdict.tolist() == ["contradicts", "not run"]
-    assert ledger.frame([], {}).empty
-    assert set(ledger.frame(CLAIMS, {}).verdict) == {"not run"}
+    one = measurement("C3.blocks", estimate=20, low=15, high=25, p=None)
+    table = ledger.frame(CLAIMS, [one, measurement("C3.blocks", "other")])
+    columns = ["claim", "sentence", "part", "quantity", "published"]
+    assert list(table.columns) == [*columns, *claims.SETTINGS]
+    assert len(table) == len(SIDES)
+    assert list(dict.fromkeys(table.claim)) == ALL
+    first = table.drop_duplicates("claim")
+    assert first.sentence.tolist() == [claim.sentence for claim in CLAIMS.values()]
+    assert set(table.sentence.drop(first.index)) == {""}
+    row = table[table.part == "blocks: above 10"].iloc[0]
+    assert row.quantity == CLAIMS["C3"].parts["blocks"].quantity
+    assert (row.published, row.published_size, row.ultrachat) == ("–", "not run", "not run")
+    assert row.mini == "20 [15, 25], n 3: direction agrees"
+    assert (table.mini == "not run").sum() == len(SIDES) - 1
+    assert table.published[table.part == "rise: above 20 %"].tolist() == ["57 % … 181 %"]
+    assert ledger.frame(["C7", "C3"], []).claim.tolist() == ["C7", "C7", "C3", "C3"]
+    assert ledger.frame([], []).empty
+
+
+def test_rows_are_of_the_settings_that_are_there() -> None:
+    head = ledger.rows(["C1"], [measurement(setting="other"), measurement("C4.form")]).split("\n")[
+        0
+    ]
+    assert head == "| claim | sentence | part | quantity | published | other |"
+    assert ledger.rows(["C1"], []).split("\n")[0].endswith("| mini |")
 
 
 def test_markdown() -> None:
-    measured = {
-        "C1": measurement(),
-        "C19": measurement(words="a|b\nc", seeds=1, notebook="03_scaling", parameters={}),
-    }
+    measured = [
+        measurement(p=0.001),
+        measurement("C1.er", "other", estimate=1, low=0.5, high=1.5),
+        measurement("C19.change", words="a|b\nc", n=1, by="03_scaling", parameters={}),
+        measurement("C1.ppl", "published_size", estimate=0.2, low=0.1, high=0.3),
+    ]
     page = ledger.markdown(measured)
     rows = re.findall(r"^\| (C\d+) \|", page, flags=re.MULTILINE)
-    assert rows == ALL
-    table = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(table) == 21
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {9}
-    assert "a\\|b c" in page
+    assert rows == [name.split(".")[0] for name in SIDES]
+    table = [line for line in page.splitlines() if line.startswith("| C")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
     assert re.findall(r"^## (C\d+) · ", page, flags=re.MULTILINE) == ALL
+    # Other settings are shown, and not counted.
+    assert "| setting | agrees | contradicts | inconclusive | measured |" in page
+    assert "\n| mini | 1 | 0 | 1 | 2 |\n| published_size | 0 | 1 | 0 | 1 |\n" in page
+    assert "\n| ultrachat | 0 | 0 | 0 | 0 |\n" in page
+    assert "  - other: 100 % [50 %, 150 %], n 3: direction agrees" in page
     assert (
-        "2 of 19 claims are measured. Verdicts: agrees 1, contradicts 0, inconclusive 1, "
-        "not run 17." in page
+        "- mini, on chitchat, bpe: `papermill notebooks/06_controls.ipynb out.ipynb "
+        "-p samples 200 -p seeds 0,1,2 -p device cpu`" in page
     )
-    assert (
-        "papermill notebooks/06_controls.ipynb out.ipynb -p samples 200 -p seeds 0,1,2 "
-        "-p device cpu`" in page
-    )
-    assert "Again by `papermill notebooks/03_scaling.ipynb out.ipynb`" in page
-    assert "0.8 [0.7, 0.9], 3 seeds: PPL ratio at 200 conversations. On chitchat, bpe." in page
-    assert "1 seed: " in page
-    assert page.endswith("`\n")
+    assert "- mini, on chitchat, bpe: `papermill notebooks/03_scaling.ipynb out.ipynb`" in page
+    # Two parts are measured in the setting: p doubles.
+    assert "agrees (p 0.001, survives Holm)" in page
     sections = page.split("\n## ")[1:]
     for claim, section in zip(CLAIMS.values(), sections, strict=True):
-        for part in (claim.title, claim.sentence, claim.notes, claim.where, claim.quantity):
-            assert part in section
-        assert claim.published in section
+        for words in (claim.title, claim.sentence, claim.notes, claim.published, claim.takes):
+            assert words in section
         assert ledger.from_tables(claim) in section
-        assert (claim.takes in section) == (claim.id not in measured)
+        for part in claim.parts.values():
+            assert f"- **{part.id}**: {part.quantity}. The claim: {part.where}; " in section
+            assert f"Interval over {part.crosses}." in section
+    assert ledger.markdown([]).count("not run") == 3 * len(SIDES)
 
 
 def test_command_quotes_what_a_shell_would_split() -> None:
@@ -500,17 +635,18 @@ def test_command_quotes_what_a_shell_would_split() -> None:
 
 
 def test_from_a_terminal(tmp_path: Path) -> None:
-    ledger.record("C1", measurement())
+    ledger.record(measurement())
     done = subprocess.run(
         [sys.executable, "-m", "cvfp.analysis.ledger", str(tmp_path / "claims.md")],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip().endswith("claims.md: 1 of 19 claims measured")
+    assert done.stdout.strip().endswith("claims.md: 1 measurements of claims' parts")
     page = (tmp_path / "claims.md").read_text(encoding="utf-8")
     assert page == ledger.markdown(ledger.measurements())
-    assert ledger.load(tmp_path / "claims.json") == ledger.measurements()
+    kept = ledger.load(tmp_path / "claims.json")
+    assert kept == claims.corrected(ledger.measurements())
 
 
 def test_earlier_measurements_stay_in_the_ledger(
@@ -518,17 +654,27 @@ def test_earlier_measurements_stay_in_the_ledger(
 ) -> None:
     path = tmp_path / "claims.md"
     monkeypatch.setattr(sys, "argv", ["ledger", str(path)])
-    ledger.record("C2", measurement())
-    ledger.record("C1", measurement())
+    ledger.record(measurement("C2.mse"))
+    ledger.record(measurement(setting="published_size"))
+    ledger.record(measurement())
     ledger.main()
-    (store / "C2.json").unlink()
-    ledger.record("C1", measurement(value=0.75))
+    (store / "C2.mse.mini.json").unlink()
+    ledger.record(measurement(estimate=-0.25))
     ledger.main()
     kept = ledger.load(tmp_path / "claims.json")
-    assert list(kept) == ["C1", "C2"]
-    assert (kept["C1"].value, kept["C2"].value) == (0.75, 0.8)
+    assert [one.key for one in kept] == [
+        ("C1", "ppl", "mini"),
+        ("C1", "ppl", "published_size"),
+        ("C2", "mse", "mini"),
+    ]
+    assert [one.estimate for one in kept] == [-0.25, -0.2, -0.2]
     assert path.read_text(encoding="utf-8") == ledger.markdown(kept)
-    (tmp_path / "claims.json").write_text('{"C77": {}}', encoding="utf-8")
+    rows = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
+    needed = {"id", "part", "setting", "n", "estimate", "low", "high", "by"}
+    for row, one in zip(rows, kept, strict=True):
+        assert needed <= row.keys()
+        assert (row["direction"], row["magnitude"]) == (one.direction, one.magnitude)
+    (tmp_path / "claims.json").write_text('[{"id": "C77"}]', encoding="utf-8")
     with pytest.raises(ValueError, match=r"claims.json: got .* accepted: a file that"):
         ledger.main()
 
@@ -543,7 +689,7 @@ def test_the_page_needs_a_file(
 
 
 def test_a_stored_measurement_is_plain_json() -> None:
-    path = ledger.record("C1", measurement())
+    path = ledger.record(measurement())
     kept = json.loads(path.read_text(encoding="utf-8"))
     assert kept["parameters"] == {"samples": 200, "seeds": [0, 1, 2], "device": "cpu"}
-    assert (kept["value"], kept["low"], kept["high"], kept["seeds"]) == (0.8, 0.7, 0.9, 3)
+    assert (kept["estimate"], kept["low"], kept["high"], kept["n"]) == (-0.2, -0.3, -0.1, 3)

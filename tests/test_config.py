@@ -43,6 +43,12 @@ BAD = [
     ("dataset", " ", "not empty"),
     ("tokenizer", "", "not empty"),
     ("column", 3, "text or None"),
+    ("selection", "tail", "'validation' or 'development'"),
+    ("development_samples", 0, "at least 1"),
+    ("weight_decay", -0.1, "at least 0"),
+    ("weight_decay", 10.5, "at most 10"),
+    ("dropout", -0.1, "at least 0"),
+    ("dropout", 1.0, "at most 0.9"),
 ]
 
 
@@ -218,6 +224,75 @@ def test_published_is_as_the_notes_say() -> None:
     assert published.training_contexts == "parallel"
 
 
+# docs/method.md, *Settings*: equal decrease, L, D, n, tied head, w, rates 1 and 2, most iterations,
+# patience, validation.
+NOTES: dict[str, tuple[Any, ...]] = {
+    "note000": (True, 6, 768, 1, False, 0.8, 0.002, 0.001, 40, 1, "tail"),
+    "note001": (True, 6, 768, 1, False, 0.8, 0.002, 0.001, 40, 1, "tail"),
+    "note002": (False, 6, 768, 1, False, 0.8, 0.002, 0.001, 40, 1, "tail"),
+    "published": (False, 6, 768, 1, False, 0.8, 0.002, 0.001, 40, 1, "tail"),
+    "note003_deep": (False, 6, 768, 2, True, 0.8, 0.002, 0.002, 10, 2, "held_out"),
+    "note003_wide": (False, 3, 1536, 2, True, 0.8, 0.002, 0.002, 10, 2, "held_out"),
+    "note004_v1": (False, 1, 768, 1, True, 0.8, 0.002, 0.001, 40, 1, "held_out"),
+    "note004_v2": (False, 1, 768, 1, True, 0.9, 0.002, 0.001, 60, 1, "held_out"),
+    "note004_v3": (False, 1, 768, 2, True, 0.9, 0.002, 0.001, 60, 1, "held_out"),
+    "note004_v4": (False, 1, 1085, 1, True, 0.9, 0.002, 0.001, 60, 1, "held_out"),
+    "published_size": (False, 6, 768, 1, False, 0.8, 0.002, 0.0003, 40, 2, "held_out"),
+    "mini": (False, 3, 128, 1, True, 0.8, 0.002, 0.003, 40, 2, "held_out"),
+    "remember": (False, 3, 128, 1, True, 0.8, 0.0005, 0.003, 31, 2, "held_out"),
+    "remember_published_size": (False, 6, 768, 1, False, 0.8, 0.0005, 0.0003, 31, 2, "held_out"),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_rows_of_the_notes_settings(name: str) -> None:
+    one = Experiment.preset(name)
+    shape = (not one.token_input_all_layers, one.num_layers, one.context_dim, one.num_input_tokens)
+    rates = one.phase1_learning_rate, one.phase2_learning_rate
+    ends = one.phase1_max_iterations, one.phase2_patience, one.validation
+    assert (*shape, one.weight_tying, one.dist_reg_weight, *rates, *ends) == NOTES[name]
+    remembers = name.startswith("remember")
+    objective = "remember" if remembers else "published"
+    assert (one.objective, one.contexts, one.model) == (objective, "trained", "cvfp")
+    assert (one.freeze_embedding, one.phase1_abort, one.seed) == (True, False, 42)
+    regime = one.phase1_step, one.phase1_decay, one.phase1_stop, one.phase1_noise
+    own = "group", "linear", "never", 0.0
+    assert regime == (own if remembers else ("sweep", "none", "converged", 0.1))
+    assert one.training_contexts == ("exact" if remembers else "parallel")
+    development = name.endswith("published_size")
+    assert (one.selection == "development") == development
+    assert one.phase2_epochs == (40 if development else 10)
+    assert one.convergence_rate == (0.979 if name.startswith("note003") else 0.99)
+    assert (one.weight_decay, one.dropout) == (0.0, 0.0)
+    if name in ("mini", "published", "remember"):
+        return
+    assert one.phase2_shuffle == development
+    # GPT-2's tokens and a table of its width, on whatever corpus is installed; a bigram table,
+    # fitted as a language model, only for a head that is tied to it.
+    tables = ("bigram" if one.weight_tying else "ppmi", 768)
+    assert (one.tokenizer, one.vocab_size) == ("gpt2-bpe", None)
+    assert (one.embedding, one.embedding_dim) == tables
+    assert (one.dataset, one.phase2_batch_size, one.validation_samples) == ("chitchat", 4096, 50)
+    assert one.samples == (1000 if name.startswith("note003") else 500)
+    assert {"samples", "validation_samples", "fitting_samples"} <= one.left_alone
+    assert one.replace(dataset="news").embedding == one.embedding
+
+
+NEW_FIELDS = {
+    "selection": "development",
+    "development_samples": 100,
+    "weight_decay": 0.1,
+    "dropout": 0.1,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), NEW_FIELDS.items())
+def test_fields_that_came_later_leave_the_keys_of_stored_runs(field: str, value: Any) -> None:
+    plain = Experiment().key_fields()
+    assert not NEW_FIELDS.keys() & plain.keys()
+    assert Experiment(**{field: value}).key_fields() == plain | {field: value}
+
+
 def test_unknown_preset_lists_the_presets() -> None:
     with pytest.raises(ParameterError) as caught:
         Experiment.preset("big")
@@ -226,7 +301,7 @@ def test_unknown_preset_lists_the_presets() -> None:
 
 def test_describe_has_every_field_and_both_presets_values() -> None:
     rows = {row["field"]: row for row in Experiment.describe()}
-    for preset in PRESETS:
+    for preset in ("mini", "published"):
         assert {name: row[preset] for name, row in rows.items()} == (
             Experiment.preset(preset).to_dict()
         )

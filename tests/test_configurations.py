@@ -12,23 +12,31 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from synthetic import LEVELS, judged, made, matrix, slope, student
+from synthetic import (
+    LENGTHS,
+    LEVELS,
+    claims_of,
+    figures,
+    judged,
+    made,
+    matrix,
+    parts,
+    slope,
+    student,
+)
 
 from cvfp import Result, Results
-from cvfp.analysis import measures, prediction, rules
+from cvfp.analysis import intervals, measures, prediction, rules
 from cvfp.analysis.claims import Measurement
 
 SOURCE = measures.Source("05_phase1_to_phase2", made())
 
 
-def figures(one: Measurement) -> Any:
-    return one.value, one.low, one.high
+def found_in(results: Results) -> dict[str, Measurement]:
+    return parts(measures.configurations(results, SOURCE))
 
 
 # Main effects
-
-
-ALONE = " {}, no two of which differ in this alone"
 
 
 def factorial(effect: Callable[..., float], **levels: Sequence[Any]) -> pd.DataFrame:
@@ -45,56 +53,36 @@ def differences(table: pd.DataFrame, field: str, low: float, high: float) -> lis
     return [float(value) for value in (ours - theirs).dropna()]
 
 
+def effect(table: pd.DataFrame, field: str) -> list[float]:
+    return measures.contrast(table.set_index(measures.FIELDS), field).y.tolist()
+
+
 @pytest.mark.parametrize("field", ["dist_reg_weight", "num_input_tokens"])
-def test_effect_in_a_full_factorial_is_paired(field: str) -> None:
+def test_contrast_is_paired(field: str) -> None:
     generator = np.random.default_rng(0)
     table = factorial(lambda **_: float(generator.normal()), **LEVELS)
     low, high = LEVELS[field]
-    pairs = differences(table, field, low, high)
-    found = measures.effect(table.sample(frac=1, random_state=0), field, "y")
-    assert found is not None
-    assert found[0] == "6 pairs of {}"
-    assert found[1:] == pytest.approx(student(pairs))
+    found = effect(table.sample(frac=1, random_state=0), field)
+    assert sorted(found) == pytest.approx(sorted(differences(table, field, low, high)))
+    assert len(found) == 6
 
 
-def test_effect_is_of_the_largest_value_against_the_least() -> None:
+def test_contrast_is_of_the_largest_value_against_the_least() -> None:
     table = factorial(lambda context_dim, **_: (context_dim == 128) * 100 + context_dim, **LEVELS)
-    ends: Any = measures.effect(table, "context_dim", "y")
-    assert ends == ("4 pairs of {}", *[pytest.approx(192)] * 3)
+    assert effect(table, "context_dim") == [192.0] * 4
 
 
-def planted(**fields: float) -> float:
-    return sum({"a": 1.5, "b": -2.0, "c": 0.7, "d": 4.0}[name] * x for name, x in fields.items())
-
-
-def test_half_a_fraction_gives_the_planted_effect() -> None:
-    names = dict(zip("abcd", prediction.CONFIGURATION, strict=False))
-    table = factorial(lambda **_: 0.0, **dict.fromkeys(names.values(), (0, 1)))
-    half = table[table[list(names.values())].sum(axis=1) % 2 == 0]
-    half = half.assign(
-        y=[planted(**{n: row[names[n]] for n in names}) for _, row in half.iterrows()]
-    )
-    for name, effect in (("a", 1.5), ("b", -2.0), ("c", 0.7), ("d", 4.0)):
-        found = measures.effect(half, names[name], "y")
-        assert found == (f"8{ALONE}", *[pytest.approx(effect)] * 3)
-
-
-def test_effect_needs_values_that_vary_apart() -> None:
+def test_contrast_needs_pairs() -> None:
     table = factorial(lambda **_: 1.0, **LEVELS)
     together = table[(table.dist_reg_weight == 0.9) == (table.num_input_tokens == 2)]
-    assert measures.effect(together, "dist_reg_weight", "y") is None
+    assert effect(together, "dist_reg_weight") == []
     # Which does not touch the third.
     third = together.assign(y=together.context_dim / 64 + 5 * together.num_input_tokens)
-    assert measures.effect(third, "context_dim", "y") == (
-        "2 pairs of {}",
-        *[pytest.approx(3)] * 3,
-    )
-    assert measures.effect(table, "num_layers", "y") is None
-    assert measures.effect(table[:0], "num_layers", "y") is None
-    # One pair: an effect, and nothing to judge it by.
-    pair = table[(table.context_dim == 64) & (table.num_input_tokens == 1)]
-    found: Any = measures.effect(pair.assign(y=[1.0, 3.0]), "dist_reg_weight", "y")
-    assert found == ("1 pair of {}", pytest.approx(2.0), None, None)
+    assert effect(third, "context_dim") == [3.0, 3.0]
+    assert effect(table, "num_layers") == []
+    assert effect(table[:0], "context_dim") == []
+    # What has no partner is left out.
+    assert len(effect(table[1:], "dist_reg_weight")) == 5
 
 
 # A matrix: C5, C11 to C14, C16 to C18
@@ -123,7 +111,7 @@ def table_of(results: Results, value: Callable[[Result], float]) -> pd.DataFrame
 
 def test_matrix_of_configurations() -> None:
     results = matrix()
-    found = measures.matrix(results).sort_values(list(LEVELS)).reset_index()
+    found = measures.matrix(results).reset_index().sort_values(list(LEVELS)).reset_index()
     assert found[list(LEVELS)].to_numpy().tolist() == [
         list(map(float, values)) for values in itertools.product(*LEVELS.values())
     ]
@@ -137,15 +125,17 @@ def test_matrix_of_configurations() -> None:
     over = averages(results, lambda one: log_ppl(one) - means[one.experiment.samples])
     assert found.over_size.tolist() == pytest.approx(over)
     assert found.converges.all()
+    off = averages(results, lambda one: abs((500 - 400 * one.ranks[1]) / (one.val_ppl or 0) - 1))
+    assert found.rule_error.tolist() == pytest.approx(off)
 
 
 def test_correlations_are_over_shapes() -> None:
     results = matrix()
-    found = measures.configurations(results, SOURCE)
+    found = found_in(results)
     ranks = shaped(averages(results, lambda one: one.val_er))
     both = stats.pearsonr(ranks, shaped(averages(results, log_ppl)))
     ends = both.confidence_interval(0.95)
-    assert figures(found["C5"]) == pytest.approx((both.statistic, ends.low, ends.high))
+    assert figures(found["C5.r"]) == pytest.approx((both.statistic, ends.low, ends.high))
     alphas, last = [], []
     for start in range(0, len(results) // 2, 6):
         other = start + len(results) // 2
@@ -154,35 +144,73 @@ def test_correlations_are_over_shapes() -> None:
         last.append(statistics.fmean(one.ranks[1] for one in runs if one.experiment.samples == 200))
     both = stats.pearsonr(alphas, last)
     ends = both.confidence_interval(0.95)
-    assert figures(found["C12"]) == pytest.approx((both.statistic, ends.low, ends.high))
-    assert all(one.seeds == 3 for one in found.values())
+    assert figures(found["C12.r"]) == pytest.approx((both.statistic, ends.low, ends.high))
+    assert all(one.n == 3 for one in found.values())
     alone = Results(one for one in results if one.experiment.samples == 50)
-    assert "C12" not in measures.configurations(alone, SOURCE)
+    assert not {"C12.r", "C11.alpha", "C13.alpha"} & set(found_in(alone))
+    assert "C13.ppl" in found_in(alone)
     # Three configurations give no interval of a correlation.
     few = Results(one for one in results if one.experiment.dist_reg_weight == 0.8)
     few = Results(one for one in few if one.experiment.num_input_tokens == 1)
-    assert not {"C5", "C12"} & set(measures.configurations(few, SOURCE))
+    assert not {"C5", "C12"} & claims_of(measures.configurations(few, SOURCE))
+
+
+def by_pair(results: Results, field: str, weights: Sequence[float]) -> list[list[float]]:
+    """Of every pair and conversation: nats at the field's larger level less those at its smaller,
+    weighted over the two sizes, mean over seeds; diversity weights averaged, or apart."""
+    columns = []
+    for place in range(len(LENGTHS)):
+        nats = {
+            size: table_of(
+                results,
+                lambda one, size=size, place=place: (
+                    one.val_conversations[place]["nats"]  # type: ignore[misc]
+                    * (one.experiment.samples == size)
+                    * 2
+                ),  # of the six runs of a configuration half are of the size
+            )
+            for size in (50, 200)
+        }
+        both = nats[50].assign(y=weights[0] * nats[50].y + weights[1] * nats[200].y)
+        pairs = differences(both, field, *LEVELS[field])
+        columns.append(pairs if field == "dist_reg_weight" else shaped(pairs))
+    return np.array(columns).T.tolist()
 
 
 def test_effects_are_those_of_the_matrix() -> None:
     results = matrix()
-    found = measures.configurations(results, SOURCE)
+    found = found_in(results)
     ranks = table_of(results, lambda one: 100 * one.val_er)
-    assert figures(found["C11"]) == pytest.approx(
+    assert figures(found["C11.er"]) == pytest.approx(
         student(differences(ranks, "dist_reg_weight", 0.8, 0.9))
+    )
+    assert figures(found["C13.er"]) == pytest.approx(
+        student(shaped(differences(ranks, "num_input_tokens", 1, 2)))
     )
     # The ends of the widths.
     wide = differences(ranks, "context_dim", 64, 256)
-    assert figures(found["C14"]) == pytest.approx(student(shaped(wide)))
-    # A relative change of perplexity, not a difference of logarithms.
-    tokens = differences(table_of(results, log_ppl), "num_input_tokens", 1, 2)
-    logs = student(shaped(tokens))
-    assert figures(found["C13"]) == pytest.approx([math.exp(x) - 1 for x in logs])
-    assert [found[id].words for id in ("C11", "C13", "C14")] == [
-        "6 pairs of configurations that converge",
-        "3 pairs of shapes",
-        "2 pairs of shapes that converge",
+    assert figures(found["C14.er"]) == pytest.approx(student(shaped(wide)))
+    names = ("C11.er", "C13.ppl", "C14.er")
+    assert [found[name].words for name in names] == [
+        "6 pairs that converge",
+        "3 pairs",
+        "2 pairs that converge",
     ]
+
+
+def test_nats_are_crossed_over_pairs_and_conversations() -> None:
+    results = matrix()
+    found = found_in(results)
+    means, slopes = (0.5, 0.5), (-1 / math.log(4), 1 / math.log(4))
+    # A relative change of perplexity, not a difference of logarithms.
+    logs = intervals.crossed(np.array(by_pair(results, "num_input_tokens", means)), LENGTHS)
+    ends = logs.value, cast(float, logs.low), cast(float, logs.high)
+    assert figures(found["C13.ppl"]) == pytest.approx([math.expm1(x) for x in ends])
+    ppl = differences(table_of(results, log_ppl), "num_input_tokens", 1, 2)
+    assert logs.value == pytest.approx(statistics.fmean(ppl))
+    for name, field in (("C13.alpha", "num_input_tokens"), ("C11.alpha", "dist_reg_weight")):
+        one = intervals.crossed(np.array(by_pair(results, field, slopes)), LENGTHS)
+        assert figures(found[name]) == pytest.approx((one.value, one.low, one.high))
 
 
 @pytest.mark.parametrize(
@@ -201,37 +229,35 @@ def test_rank_is_judged_where_every_run_converged(unfinished: dict[str, Any]) ->
         return {"val_er": 0.9 if there else rank, **(unfinished if last else {})}
 
     results = matrix(change)
-    found = measures.configurations(results, SOURCE)
-    assert figures(found["C11"]) == (pytest.approx(2),) * 3
+    found = found_in(results)
+    assert figures(found["C11.er"]) == (pytest.approx(2),) * 3
     # With it the shape is out, whatever its other weight: one pair is left.
-    assert figures(found["C14"]) == (pytest.approx(-3), None, None)
-    assert found["C11"].words == "5 pairs of configurations that converge"
-    assert found["C14"].words == "1 pair of shapes that converge"
-    assert found["C13"].words == "3 pairs of shapes"
+    assert figures(found["C14.er"]) == (pytest.approx(-3), None, None)
+    assert found["C11.er"].words == "5 pairs that converge"
+    assert found["C11.alpha"].words == "5 pairs"
+    assert found["C14.er"].words == "1 pairs that converge"
+    assert found["C13.er"].words == "2 pairs that converge"
+    assert found["C13.ppl"].words == "3 pairs"
 
 
 def test_effects_of_fields_that_do_not_vary_are_left_out() -> None:
     results = Results(one for one in matrix() if one.experiment.num_input_tokens == 1)
-    found = measures.configurations(results, SOURCE)
+    found = claims_of(measures.configurations(results, SOURCE))
     assert "C13" not in found
-    assert {"C11", "C14"} <= set(found)
+    assert {"C11", "C14"} <= found
 
 
-def test_a_fraction_without_scatter_to_judge_by_gives_no_interval() -> None:
+def test_a_fraction_has_pairs_of_shapes_alone() -> None:
     corners = {(0.8, 64, 1), (0.9, 64, 2), (0.8, 256, 2), (0.9, 256, 1)}
     results = Results(
         one
         for one in matrix()
         if tuple(getattr(one.experiment, name) for name in LEVELS) in corners
     )
-    found = measures.configurations(results, SOURCE)
-    assert found["C11"].value is not None
-    assert (found["C11"].low, found["C11"].high) == (None, None)
+    found = found_in(results)
+    assert not {"C11.er", "C11.alpha"} & set(found)
     # Over the weights there are pairs: two, of each weight once.
-    assert [found[id].words for id in ("C13", "C14")] == [
-        "2 pairs of shapes",
-        "2 pairs of shapes that converge",
-    ]
+    assert [found[id].words for id in ("C13.ppl", "C14.er")] == ["2 pairs", "2 pairs that converge"]
 
 
 def test_ranks_lie_apart_by_their_mean_distance() -> None:
@@ -244,7 +270,7 @@ def test_ranks_lie_apart_by_their_mean_distance() -> None:
     for number, one in enumerate(results):
         one.val_er += number / 1000
         one.train_er += number / 1000
-    found = measures.configurations(results, SOURCE)["C17"]
+    found = found_in(results)["C17.gap"]
     each = [2 * factor for factor, _ in itertools.product((1, 2, 4), (1, 1))]
     assert figures(found) == pytest.approx(student(each))
 
@@ -255,8 +281,14 @@ def test_what_rank_adds_is_the_gain_of_the_forms() -> None:
     gain = prediction.what_er_adds(results.frame().assign(dist_reg_weight=0))
     apart = prediction.what_er_adds(results.frame())
     assert (gain.configurations, apart.configurations) == (6, 12)
-    found = measures.configurations(results, SOURCE)["C16"]
-    assert figures(found) == (gain.gain, gain.low, gain.high)
+    found = found_in(results)
+    assert figures(found["C16.gain"]) == (gain.gain, gain.low, gain.high)
+
+
+def test_printed_rule_is_measured_as_printed() -> None:
+    results = matrix()
+    off = averages(results, lambda one: abs((500 - 400 * one.ranks[1]) / (one.val_ppl or 0) - 1))
+    assert figures(found_in(results)["C16.rule"]) == pytest.approx(student(shaped(off)))
 
 
 def ruled(ranks: Sequence[float]) -> Results:
@@ -270,17 +302,47 @@ def ruled(ranks: Sequence[float]) -> Results:
 def test_rule_is_judged_by_its_calls() -> None:
     # Good: two of three are right; poor: two of three. A call is right half the time by chance.
     results = ruled([85, 70, 84, 77, 83, 72, 78, 71])
-    found = measures.configurations(results, SOURCE)["C18"]
-    assert found.value == pytest.approx(4 / 6 - 1 / 2)
+    found = found_in(results)["C18.validation_er"]
+    assert found.estimate == pytest.approx(4 / 6 - 1 / 2)
     assert found.words == "6 calls, 8 shapes"
     rule = rules.score(results).set_index("rule").loc["validation ER"]
     assert (found.low, found.high) == (rule.low, rule.high)
+    # Student's t with a degree of freedom less than configurations.
+    error = (rule.high - rule.low) / 2 / stats.t.ppf(0.975, 7)
+    assert found.p == pytest.approx(2 * stats.t.sf((4 / 6 - 1 / 2) / error, 7))
+
+
+def test_every_rule_is_a_part() -> None:
+    """Each row of the scores that calls anything, by the part that names it."""
+    words = {
+        "validation_er": "validation ER",
+        "iterations": "iterations",
+        "er_gap": "train − validation ER gap",
+        "abort_er": "ER < 70 % at iteration 20",
+        "abort_stalls": "convergence stalls",
+        "abort_loss": "loss does not fall",
+        "any_abort": "any abort rule",
+    }
+    history = [dict(iteration=k, converged=0.5, loss=1.0, effective_rank=0.6) for k in range(1, 31)]
+    results = ruled([85, 70, 84, 77, 83, 72, 78, 71])
+    for number, one in enumerate(results):
+        one.phase1_iterations = 20 + 3 * number
+        one.phase1_history = history if number % 3 else []
+    scores = rules.score(results).set_index("rule")
+    found = {part.removeprefix("C18."): one for part, one in found_in(results).items()}
+    for part, rule in words.items():
+        there = scores.called[rule] > 0
+        assert (part in found) == there
+        if there:
+            assert found[part].estimate == scores.excess[rule]
+            assert found[part].words == f"{scores.called[rule]} calls, 8 shapes"
+    assert {"iterations", "er_gap", "any_abort"} <= set(found)
 
 
 def test_rule_that_calls_all_alike_has_no_interval() -> None:
     results = ruled([85, 84, 83, 86, 88, 82])
-    assert figures(measures.configurations(results, SOURCE)["C18"]) == (0.0, None, None)
+    assert figures(found_in(results)["C18.validation_er"]) == (0.0, None, None)
 
 
 def test_rule_that_calls_nothing_is_left_out() -> None:
-    assert "C18" not in measures.configurations(ruled([75.5, 76, 77, 78, 79, 79.5]), SOURCE)
+    assert "C18.validation_er" not in found_in(ruled([75.5, 76, 77, 78, 79, 79.5]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,10 @@ class Contextless(nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_input_tokens": 2, "token_input_all_layers": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_input_tokens": 2, "token_input_all_layers": False}, {"weight_decay": 5.0}],
+)
 def test_zero_contexts_equal_a_model_built_without_them(fields: dict[str, Any]) -> None:
     one, model = made(contexts="zero", phase2_shuffle=False, **fields)
     apart = Contextless(model)
@@ -89,7 +94,8 @@ def test_zero_contexts_equal_a_model_built_without_them(fields: dict[str, Any]) 
         torch.Generator(),
     )
     e = model.context_inputs(tokens).dense()
-    optimiser = torch.optim.Adam(apart.parameters(), lr=one.phase2_learning_rate)
+    rate, decay = one.phase2_learning_rate, one.weight_decay
+    optimiser = torch.optim.AdamW(apart.parameters(), lr=rate, weight_decay=decay)
     losses: list[float] = []
     for _ in range(one.phase2_epochs):
         for positions in torch.arange(T - 1).split(32):
@@ -237,6 +243,140 @@ def test_an_epoch_reads_every_token_once(length: int, batch: int, unroll: int) -
     assert max(everything) <= length - 2
     assert lanes * unroll <= max(batch, unroll)
     assert fresh == [True] + [False] * (len(seen) - 1)
+
+
+def trained(
+    one: Experiment,
+    model: Any,
+    tokens: Tensor,
+    generator: torch.Generator,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+) -> phase2.Phase2:
+    """End to end; what judges finds each epoch better than the one before, whatever the model."""
+    read = model.read if isinstance(model, end_to_end.Peer) else unrolled(model)
+    losses = itertools.count(-1, -1)
+
+    def judge() -> phase2.Evaluation:
+        nats = torch.full((3,), float(next(losses)), dtype=torch.float64)
+        return phase2.Evaluation(nats, torch.ones(3, dtype=torch.bool))
+
+    return end_to_end.train(model, read, judge, tokens, one, generator, report)
+
+
+@pytest.mark.parametrize("tokens_seen", [1, 2])
+def test_the_state_is_carried_as_a_plain_loop_carries_it(tokens_seen: int) -> None:
+    """Two epochs in float64: lanes side by side, a state of zeros at an epoch's start, gradients
+    only within `unroll` tokens, their norm clipped at 1."""
+    fields = dict(num_input_tokens=tokens_seen, phase2_epochs=2, weight_decay=0.4)
+    one, model = made(contexts="end_to_end", phase2_learning_rate=0.05, **fields)
+    model, tokens, draw = model.double(), stream(151), torch.Generator().manual_seed(0)
+    apart = copy.deepcopy(model)
+    ran = trained(one, model, tokens, torch.Generator().manual_seed(0))
+    learnt = [p for p in apart.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learnt, lr=0.05, weight_decay=0.4)
+    lanes, steps, total = 32 // 8, 8, 150
+    length, losses = total // lanes, []
+    e = TokenInputs(tokens, apart.embedding, tokens_seen).dense()
+    for _ in range(2):
+        first = int(torch.randint(total - lanes * length + 1, (), generator=draw))
+        state = [torch.zeros(1, 16, dtype=torch.float64)] * lanes
+        summed = 0.0
+        for start in range(0, length, steps):
+            inside, nats = range(start, min(start + steps, length)), []
+            for lane in range(lanes):
+                context = state[lane].detach()
+                for place in inside:
+                    t = first + lane * length + place
+                    outputs = apart.context_block(context, e[t : t + 1])
+                    context = outputs[-1]
+                    hidden = apart.token_block(outputs, e[t : t + 1])
+                    nats.append(F.cross_entropy(hidden @ apart.embedding.T, tokens[t + 1 : t + 2]))
+                state[lane] = context
+            optimiser.zero_grad()
+            torch.stack(nats).mean().backward()
+            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+            optimiser.step()
+            summed += float(torch.stack(nats).detach().sum())
+        losses.append(summed / (lanes * length))
+    assert [row["train_loss"] for row in ran.history] == pytest.approx(losses, rel=1e-6)
+    for mine, theirs in zip(model.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+# Dropout
+
+DROPPED: list[dict[str, Any]] = [{"contexts": "end_to_end"}, {"model": "lstm"}]
+
+
+def unread(one: Experiment) -> Any:
+    """The Experiment's model, the same each time."""
+    if one.model == "cvfp":
+        return build_cvfp(one, table())
+    return end_to_end.peer(one, table(), 3000, seed=1)
+
+
+@pytest.mark.parametrize("fields", DROPPED)
+def test_without_dropout_nothing_is_drawn_for_it(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, tokens, mine = experiment(**fields), stream(), torch.Generator().manual_seed(0)
+    model, inside = unread(one), list[Tensor]()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch was seeded"))
+    before = torch.get_rng_state()
+    trained(one, model, tokens, mine, lambda row: inside.append(torch.get_rng_state()))
+    assert all(torch.equal(state, before) for state in inside)
+    assert len(inside) == 2
+    wanted = torch.Generator().manual_seed(0)
+    for _ in inside:  # an epoch's first token, and no more
+        torch.randint((T - 1) % (32 // 8) + 1, (), generator=wanted)
+    assert torch.equal(mine.get_state(), wanted.get_state())
+
+
+@pytest.mark.parametrize("fields", DROPPED)
+def test_dropout_is_of_what_is_read_and_of_h(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = experiment(**fields, dropout=0.3, phase2_epochs=1)
+    seen: list[tuple[int, ...]] = []
+    drop = F.dropout
+
+    def spy(values: Tensor, share: float) -> Tensor:
+        made = drop(values, share)
+        assert share == 0.3
+        there = made != 0
+        torch.testing.assert_close(made[there], values[there] / 0.7)
+        if values.numel() > 400:
+            assert 0.2 < 1 - there.sum() / (values != 0).sum() < 0.4
+        seen.append(tuple(values.shape))
+        return made
+
+    monkeypatch.setattr(end_to_end.F, "dropout", spy)
+    trained(one, unread(one), stream(), torch.Generator().manual_seed(0))
+    # 4 lanes of 37 tokens, 8 at a time: 4 whole batches and one of 5 tokens.
+    assert seen == [(4, 8, E), (32, E)] * 4 + [(4, 5, E), (20, E)]
+
+
+@pytest.mark.parametrize("fields", DROPPED)
+def test_dropout_is_drawn_by_the_runs_seed_alone(fields: dict[str, Any]) -> None:
+    one, tokens = experiment(**fields), stream()
+
+    def weights(share: float, seed: int = 0) -> list[Tensor]:
+        model = unread(one)
+        trained(one.replace(dropout=share), model, tokens, torch.Generator().manual_seed(seed))
+        return [p.detach() for p in model.parameters()]
+
+    def equal(these: list[Tensor], those: list[Tensor]) -> bool:
+        return all(torch.equal(p, q) for p, q in zip(these, those, strict=True))
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = weights(0.3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)  # whatever else has drawn
+    assert equal(weights(0.3), first)
+    assert not equal(weights(0.3, seed=1), first)
+    assert not equal(weights(0.0), first)
+    assert not equal(weights(0.5), first)
 
 
 def test_a_stream_too_short_to_unroll_is_named() -> None:

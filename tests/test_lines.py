@@ -22,7 +22,7 @@ HEART = (
     "recurrence",
     "metrics",
 )
-HEART_LINES, OPS_LINES, PACKAGE_LINES = 1000, 800, 10_300
+HEART_LINES, OPS_LINES, PACKAGE_LINES = 1100, 800, 10_900
 
 # Low to high; a module imports from its own layer and those before it. Packages stand for all that
 # is in them; modules that are not there are ignored.
@@ -44,14 +44,16 @@ LAYERS: list[list[str]] = [
         "experiment",
         "gap",
         "generation",
+        "packs",
         "pretrained",
         "result",
         "store",
         "watch",
     ],
     ["sweep"],
+    ["tuning"],
     ["analysis", "explorer", "notebook"],
-    ["__init__"],
+    ["__init__", "__main__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

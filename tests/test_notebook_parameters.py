@@ -237,11 +237,12 @@ def test_source_has_all_that_makes_the_runs_again() -> None:
 
 
 def test_record_keeps_claims_and_lists_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[str, Measurement] = {}
-    monkeypatch.setattr(ledger, "record", kept.__setitem__)
-    one = Measurement(1.0, None, None, 1, "words", "03_scaling", {}, "here")
-    assert list(notebook.record([made()], {"C6": one}).index) == [made().key]
-    assert kept == {"C6": one}
+    kept: list[Measurement] = []
+    monkeypatch.setattr(ledger, "record", kept.append)
+    by = None, "words", "03_scaling", {}, "here"
+    one = Measurement("C6", "alpha", "mini", 1, 1.0, None, None, *by)
+    assert list(notebook.record([made()], [one]).index) == [made().key]
+    assert kept == [one]
 
 
 def book(tmp_path: Path, *extra: str) -> Path:

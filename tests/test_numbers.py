@@ -16,8 +16,8 @@ from synthetic import judged, made, matrix
 from test_comparison import groups
 
 import cvfp
-from cvfp import Experiment, ParameterError, Result, contexts, experiment, gap
-from cvfp.analysis import comparison, published, tables
+from cvfp import Experiment, ParameterError, Result, contexts, experiment, gap, tuning
+from cvfp.analysis import published, tables
 from cvfp.inputs import TokenInputs
 from cvfp.model import ContextBlock
 from cvfp.recurrence import Recurrence
@@ -104,8 +104,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], pd.DataFrame]] = {
         {"a": two(50), "b": two(50, **bad)}, published.table("003_overfitting")
     ),
     "patience": lambda bad: tables.patience(two(50, **bad), [1, 2]),
-    "grid": lambda bad: tables.grid({"a": two(50), "b": two(50, **bad)}),
-    "comparison": lambda bad: tables.comparison(kinds(comparison.ZERO if bad else None)),
+    "comparison": lambda bad: tables.comparison(kinds(tuning.ZERO.format(1) if bad else None)),
     "configurations": lambda bad: tables.configurations(
         matrix(lambda run: bad if run["context_dim"] == 64 else {})
         .frame()

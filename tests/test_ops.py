@@ -550,12 +550,12 @@ def test_automatic_precision_is_what_was_measured(
     calls: list[torch.dtype] = []
     for ratio, wanted in ((1.29, "float32"), (1.31, "bfloat16"), (0.2, "float32")):
 
-        def seconds(device: str, dtype: torch.dtype, ratio: float = ratio) -> float:
+        def rate(device: str, dtype: torch.dtype, ratio: float = ratio) -> float:
             calls.append(dtype)
-            return ratio if dtype == torch.float32 else 1.0
+            return 1.0 if dtype == torch.float32 else ratio
 
         monkeypatch.setenv("CVFP_HOME", str(home / wanted / str(ratio)))
-        monkeypatch.setattr(precision, "_seconds", seconds)
+        monkeypatch.setattr(precision, "product_rate", rate)
         assert ops.bfloat16_gain("cpu") == pytest.approx(ratio)
         assert config.resolve_precision("auto", "cpu") == wanted
         measured = len(calls)
@@ -566,10 +566,10 @@ def test_automatic_precision_is_what_was_measured(
 
 
 def test_another_processor_is_measured_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_seconds", lambda device, dtype: 1.0)
+    monkeypatch.setattr(precision, "product_rate", lambda device, dtype: 1.0)
     assert ops.bfloat16_gain("cpu") == 1.0
     monkeypatch.setattr(
-        precision, "_seconds", lambda device, dtype: 2.0 if dtype == torch.float32 else 1.0
+        precision, "product_rate", lambda device, dtype: 0.5 if dtype == torch.float32 else 1.0
     )
     assert ops.bfloat16_gain("cpu") == 1.0
     monkeypatch.setattr(precision, "processor", lambda: "another one")

@@ -14,6 +14,8 @@ import jupyter_client
 import nbformat
 import pytest
 
+from cvfp import progress
+
 ROOT = Path(__file__).parents[1]
 # What the kernels of front ends have in their environments, and so has all that they start.
 VARIABLES = {"JPY_SESSION_NAME": "lab.ipynb", "VSCODE_PID": "1", "VSCODE_CWD": "/"}
@@ -150,3 +152,15 @@ def test_no_command_stores_bars(command: str, environment: dict[str, str], tmp_p
     assert stored(tmp_path / "out.ipynb") == ANSWER
     # The lines are for the terminal.
     assert "Phase 1: loss 2" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "said"), [("lines", 1), ("bar", 1), ("none", 0)])
+def test_a_line_is_told_to_whoever_is_there(
+    mode: str, said: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CVFP_PROGRESS", mode)
+    progress.tell("Training takes about 10 minutes")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("Training takes about 10 minutes\n") == said
+    assert (err == "") == (said == 0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import tomllib
+from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -35,6 +38,16 @@ def curves(seeds: int = 3) -> Results:
 
 
 # Tables
+
+
+@pytest.mark.parametrize("name", ["tables", "readings"])
+def test_what_the_data_beside_the_code_holds_is_shown(name: str) -> None:
+    folder = files("cvfp.analysis")
+    held = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(str(folder)).glob("*.py"))
+    # Every table by its name, every sentence by its own ("text" is the one that none is named for).
+    names = {one for group in held.values() for one in group} if name == "readings" else set()
+    assert all(f'"{one}"' in code for one in {*held, *names})
 
 
 def test_table_of_parameters_agrees_with_note_003() -> None:
@@ -136,15 +149,34 @@ def test_table_of_forms_says_what_is_missing(sizes: int, fitted: int) -> None:
 
 
 def test_table_of_windows_stands_beside_the_note() -> None:
-    line = losses(1)[0]
-    table: Any = tables.windows(TOKENS, np.exp(line), published.table("004_window_sizes"))
-    assert table.index.tolist() == ["measured here"] * 2 + ["published, note 004"] * 2
+    lines = losses(2)
+    deep, shallow = (
+        pd.DataFrame(
+            dict(num_layers=layers, train_tokens=TOKENS, val_ppl=np.exp(line), val_er=ranks)
+        )
+        for layers, line, ranks in zip(
+            (3, 1), lines, ([0.7, 0.72, 0.74, 0.76, 0.9], 0.5), strict=True
+        )
+    )
+    note = published.table("004_window_sizes")
+    table: Any = tables.windows(pd.concat([deep, shallow]), note)
+    kinds = ["measured, 1 L", "measured, 3 L", "published, note 004"]
+    assert table.index.tolist() == [kind for kind in kinds for _ in range(2)]
+    three = table.loc["measured, 3 L"]
+    line = lines[0]
     measured = [slope(line[:4], SIZES[:4]), slope(line[1:], SIZES[1:])]
-    assert table["α"].tolist() == [*(f"{alpha:.3f}" for alpha in measured), "-0.504", "-0.432"]
-    assert table["tokens"].iloc[0] == "50,000 … 400,000"
+    assert three["α"].tolist() == [f"{alpha:.3f}" for alpha in measured]
+    assert three["tokens"].tolist() == ["50,000 … 400,000", "100,000 … 800,000"]
     low, high = cast(tuple[float, float], scaling.fit(TOKENS[:4], np.exp(line[:4])).interval())
-    assert table["95 % interval"].iloc[0] == f"{low:.3f} … {high:.3f}"
-    few = tables.windows(TOKENS[:3], np.exp(line[:3]), published.table("004_window_sizes"))
+    assert three["95 % interval"].iloc[0] == f"{low:.3f} … {high:.3f}"
+    assert three["val ER %"].tolist() == ["73.0", "78.0"]
+    assert three["PPL"].iloc[0] == f"{np.exp(line[0]):.0f} … {np.exp(line[3]):.0f}"
+    # As note 004 prints its two windows.
+    theirs = table.loc["published, note 004"]
+    assert theirs["α"].tolist() == ["-0.504", "-0.432"]
+    assert theirs["val ER %"].tolist() == ["81.4", "81.3"]
+    assert theirs["PPL"].tolist() == ["592 … 211", "400 … 168"]
+    few = tables.windows(deep[:3], note)
     assert set(few.index) == {"published, note 004"}
 
 
@@ -366,6 +398,59 @@ def test_reading_of_predictions_has_its_figures() -> None:
     assert "**α" not in readings.predictions(alone, SCORES)
 
 
+def test_table_of_judged_configurations_has_every_verdict() -> None:
+    runs = [
+        made(dict(context_dim=64, seed=seed), val_er=er, train_er=0.83, phase1_iterations=24)
+        for seed, er in enumerate((0.82, 0.82, 0.78))
+    ]
+    runs.append(made(dict(context_dim=65), val_er=0.6, train_er=0.61, phase1_iterations=40))
+    table: Any = tables.judged(runs)
+    assert table.index.tolist() == ["1 x 64, n 1, w 0.8", "1 x 65, n 1, w 0.8"]
+    first, second = table.to_dict("records")
+    assert first["validation ER"] == "🟢 good; 🟡 medium"
+    assert first["iterations"] == "🟢 good"
+    assert first["early abort"] == second["early abort"] == ""
+    assert second["overall"] == "🔴 review"
+
+
+def gone(seed: int, ppl: float, **measured: Any) -> Any:
+    """A run of 39 iterations whose rank at iteration 20 is 65 %: the note would have stopped it."""
+    rows = [{"iteration": float(i), "loss": -i, "converged": i / 40} for i in range(2, 40)]
+    rows[18] |= {"val_er": measured.pop("rank", 0.65)}
+    seconds = {"table": 1.0, "phase1": 38.0, "contexts": 2.0, "phase2": 9.0}
+    given = dict(context_dim=64 + seed, seed=seed)
+    rest = dict(phase1_iterations=39, phase1_history=rows, seconds=seconds, val_ppl=ppl)
+    return made(given, **(rest | measured))
+
+
+def test_reading_of_early_abort_counts_what_it_would_have_saved() -> None:
+    runs = Results([gone(0, 90.0), gone(1, 104.0), gone(2, 100.0, rank=0.8)])
+    runs.append(gone(3, 100.0, phase1_iterations=19, phase1_history=[]))
+    text = readings.early_abort(runs)
+    assert "3 of 4 runs reach iteration 20" in text
+    assert "would have given up 2." in text
+    # After iteration 20 come 19 of 38 steps, contexts and Phase 2; the table is spent before.
+    assert f"saves {2 * (19 + 2 + 9)} s of {4 * 50} s" in text
+    assert "perplexities of 90.0 to 104.0" in text
+    assert "-3.0% from the median" in text
+    assert "; 1 of them are better" in text
+    none = readings.early_abort(Results(runs[2:]))
+    assert none.endswith("would have given up 0.")
+
+
+@pytest.mark.parametrize(("tokens", "nearest"), [(86_925, 100), (183_620, 200), (1e9, 800)])
+def test_difference_at_the_nearest_size_is_paired(tokens: float, nearest: int) -> None:
+    ours, theirs = losses(3), losses(3, start=1)
+    text = readings.nearest(ladder(ours), ladder(theirs), tokens, "Ours", "Theirs")
+    place = SIZES.index(nearest)
+    change = math.expm1((ours - theirs)[:, place].mean())
+    assert text.startswith(f"at {1000 * nearest:,} tokens {change:+.1%} (95 % interval ")
+    better = readings.nearest(ladder(ours), ladder(ours + 0.5), tokens, "Ours.", "Theirs.")
+    assert better.endswith("Ours., beyond chance.")
+    worse = readings.nearest(ladder(ours + 0.5), ladder(ours), tokens, "Ours.", "Theirs.")
+    assert worse.endswith("Theirs., beyond chance.")
+
+
 def test_reading_of_rules_sorts_them_by_their_interval() -> None:
     text = readings.predictions(matrix(), SCORES)
     assert "4 of 5 rules call any run good or poor; better than chance: good" in text
@@ -375,12 +460,13 @@ def test_reading_of_rules_sorts_them_by_their_interval() -> None:
 
 
 def test_rows_of_the_ledger_are_those_asked_for() -> None:
-    one = claims.Measurement(0.8, 0.7, 0.9, 3, "so", "04_layers_vs_dim", {}, "here")
-    lines = ledger.rows(["C8", "C1"], {"C1": one, "C4": one}).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| C8", "| C1"]
-    assert "not run" in lines[2]
-    assert "0.8 [0.7, 0.9] (so)" in lines[3]
-    assert "| agrees |" in lines[3]
-    assert {line.count(" | ") for line in lines} == {7}
+    by = None, "so", "04_layers_vs_dim", {}, "here"
+    one = claims.Measurement("C9", "rise", "mini", 3, 0.8, 0.7, 0.9, *by)
+    other = claims.Measurement("C4", "alpha", "other", 3, 0.8, 0.7, 0.9, *by)
+    lines = ledger.rows(["C15", "C9"], [one, other]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| C15", "| C9"]
+    assert "| not run |" in lines[2]
+    assert "80 % [70 %, 90 %], n 3: direction agrees; 57 % … 181 % agrees" in lines[3]
+    assert {line.count(" | ") for line in lines} == {5}
     with pytest.raises(ValueError, match="C20"):
-        ledger.rows(["C20"], {})
+        ledger.rows(["C20"], [])

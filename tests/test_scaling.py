@@ -343,6 +343,27 @@ def test_forms_that_lack_sizes_are_left_out_with_the_reason() -> None:
     assert alone.reason.tolist()[0] == "needs 2 sizes, 1 remain"
 
 
+def test_forecasts_of_what_lies_beyond_stand_beside_no_change() -> None:
+    tokens = np.array([1e5, 2e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6])
+    ppl = 1e4 * tokens**-0.3
+    ppl[5] = 1.0  # at or over the border and under the largest: neither fitted nor forecast
+    table = scaling.leave_largest_out(tokens, ppl, below=1.6e6).set_index("form")
+    assert table.index.tolist() == [*scaling.FORMS, "no change"]
+    assert table.error["power"] == pytest.approx(0)
+    assert table.predicted["no change"] == pytest.approx(ppl[4])
+    assert table.error["no change"] == pytest.approx(4**0.3 - 1)
+    assert set(table.doublings) == {2.0}
+    assert table.reason["no change"] is None
+    # All of a ladder under the border: its largest is what is left out.
+    under = scaling.leave_largest_out(tokens[:5], ppl[:5], below=1e6).set_index("form")
+    assert under.predicted["no change"] == pytest.approx(ppl[3])
+    # Nothing under it: nothing to forecast from.
+    none = scaling.leave_largest_out(tokens, ppl, below=1e5)
+    assert none.form.tolist() == list(scaling.FORMS)
+    assert none.predicted.isna().all()
+    assert none.doublings.isna().all()
+
+
 def test_windows_hold_all_runs_of_their_sizes() -> None:
     tokens = points(3, MORE_SIZES)
     ppl = 1e4 * tokens**ALPHA * noise(np.random.default_rng(2), tokens)

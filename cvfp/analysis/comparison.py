@@ -2,74 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cvfp.analysis import intervals
 from cvfp.analysis.intervals import Paired
-from cvfp.config import Experiment, ParameterError
+from cvfp.config import ParameterError
 from cvfp.result import Result
+from cvfp.tuning import CVFP, KINDS
 
 Groups = Mapping[str, Sequence[Result]]  # runs by kind
 
-CVFP = "CVFP"
-RANDOM, ZERO, SHUFFLED = "random ContextBlock", "zero contexts", "shuffled contexts"
-WINDOW, JOINT = "plain window", "end to end"
-LSTM, TRANSFORMER = "LSTM", "transformer"
-TRAINED_TABLE = "fitted table, trained on"
-RANDOM_TABLE, LEARNT_TABLE = "random table, frozen", "random table, trained"
-
-# Every kind of run: the fields in which it differs from CVFP.
-KINDS: Mapping[str, Mapping[str, Any]] = {
-    CVFP: {},
-    RANDOM: {"contexts": "random"},
-    ZERO: {"contexts": "zero"},
-    SHUFFLED: {"contexts": "shuffled"},
-    WINDOW: {"contexts": "window"},
-    JOINT: {"contexts": "end_to_end"},
-    LSTM: {"model": "lstm"},
-    TRANSFORMER: {"model": "transformer"},
-    TRAINED_TABLE: {"freeze_embedding": False},
-    RANDOM_TABLE: {"embedding": "random"},
-    LEARNT_TABLE: {"embedding": "random", "freeze_embedding": False},
-}
-# Kinds tuned to a learning rate of their own; the others run at CVFP's.
-TUNED = (CVFP, RANDOM, ZERO, WINDOW, JOINT, LSTM, TRANSFORMER)
 # Models without any training by gradients, on the same tokens: `baselines.NAMES`.
 COUNTED: Mapping[str, str] = {
     "kneser_ney": "Kneser–Ney bigram",
+    "kneser_ney_both": "Kneser–Ney bigram, fitting + training",
     "trigram": "Kneser–Ney trigram",
     "trigram_both": "Kneser–Ney trigram, fitting + training",
     "table": "fitted table alone",
 }
 
 
-def experiments(experiment: Experiment, rates: Mapping[str, float]) -> dict[str, Experiment]:
-    """The Experiment as each kind of run, at its learning rate.
-
-    Args:
-        rates: Phase 2 learning rate of the kinds in `TUNED`.
-    """
-    rate = {kind: rates[kind if kind in TUNED else CVFP] for kind in KINDS}
-    return {
-        kind: experiment.replace(**changes, phase2_learning_rate=rate[kind])
-        for kind, changes in KINDS.items()
-    }
+USED = 0.002  # change of perplexity that a cut of the contexts must cost to count
 
 
-def best_rate(results: Sequence[Result]) -> float:
-    """The Phase 2 learning rate of the run with the lowest perplexity.
+def family(kind: str) -> str:
+    """What a kind of run, or a model that counts, predicts from."""
+    if kind not in KINDS:
+        return "counted"
+    fields = KINDS[kind].fields
+    by_contexts = {"random": "contexts of an untrained block", "end_to_end": "end to end"}
+    by_contexts |= dict.fromkeys(("zero", "window", "shuffled"), "tokens alone")
+    if "model" in fields:
+        return "end to end"
+    return by_contexts.get(fields.get("contexts", ""), "contexts of Phase 1")
 
-    Raises:
-        ParameterError: no run with a perplexity.
-    """
-    scored = [one for one in results if one.val_ppl is not None]
-    if not scored:
-        raise ParameterError("results", [one.key for one in results], "runs with a perplexity")
-    best = min(scored, key=lambda one: one.val_ppl or 0.0)
-    return best.experiment.phase2_learning_rate
+
+def best(ppl: Mapping[str, float], of: str, but: Sequence[str] = ()) -> str:
+    """The kind of a family with the lowest perplexity."""
+    return min((k for k in ppl if family(k) == of and k not in but), key=lambda kind: ppl[kind])
 
 
 def at(results: Sequence[Result], samples: int) -> list[Result]:
@@ -78,27 +53,52 @@ def at(results: Sequence[Result], samples: int) -> list[Result]:
 
 
 def sizes(groups: Groups) -> list[int]:
-    """The sizes that all kinds have.
+    """The sizes that CVFP has; at any of them another kind may have no runs. Raises
+    `ParameterError`: there is none."""
+    there = sorted({one.experiment.samples for one in groups.get(CVFP, ())})
+    if not there:
+        raise ParameterError("groups", list(groups), f"runs of {CVFP!r}, the reference")
+    return there
 
-    Raises:
-        ParameterError: there is none.
-    """
-    there = {kind: {one.experiment.samples for one in runs} for kind, runs in groups.items()}
-    shared = set.intersection(*there.values())
-    if not shared:
-        raise ParameterError("groups", there, "runs of all kinds at one size or more")
-    return sorted(shared)
+
+def of_size(groups: Groups, samples: int) -> dict[str, list[Result]]:
+    """The runs of one size by kind, of the kinds that have any."""
+    runs = {kind: at(results, samples) for kind, results in groups.items()}
+    return {kind: there for kind, there in runs.items() if there}
 
 
 def against(groups: Groups, samples: int) -> dict[str, Paired]:
-    """The change of perplexity of each kind against CVFP, at one size: paired over seeds and
-    held-out conversations."""
-    theirs = at(groups[CVFP], samples)
-    return {
-        kind: intervals.paired(at(runs, samples), theirs)
-        for kind, runs in groups.items()
-        if kind != CVFP
-    }
+    """The change of perplexity of each kind against CVFP, at one size: paired over held-out
+    conversations and the seeds that both have."""
+    runs = of_size(groups, samples)
+    return {kind: shared(there, runs[CVFP]) for kind, there in runs.items() if kind != CVFP}
+
+
+def shared(first: Sequence[Result], second: Sequence[Result]) -> Paired:
+    """`intervals.paired` of the seeds that both have."""
+    ours, theirs = ({one.experiment.seed: one for one in runs} for runs in (first, second))
+    seeds = ours.keys() & theirs.keys()
+    return intervals.paired([ours[one] for one in seeds], [theirs[one] for one in seeds])
+
+
+def rows(groups: Groups) -> list[dict[str, Any]]:
+    """Every kind at every size, for JSON: mean perplexity; change against CVFP and its interval,
+    fractions (None: CVFP itself, or no interval); what it took."""
+    found = []
+    for size in sizes(groups):
+        changes = against(groups, size)
+        for kind, runs in of_size(groups, size).items():
+            pair = changes.get(kind)
+            ends = (pair.change, pair.low, pair.high) if pair else (None, None, None)
+            row = {"samples": size, "kind": kind, "tokens": runs[0].train_tokens}
+            row |= {"ppl": float(np.mean([one.val_ppl for one in runs])), "seeds": len(runs)}
+            row |= zip(("change", "low", "high"), ends, strict=True)
+            row["seconds"] = float(np.mean([training_seconds(one) for one in runs]))
+            found.append(row)
+        for key, name in COUNTED.items():
+            if line := at(groups[CVFP], size)[0].baselines[key]:
+                found.append({"samples": size, "kind": name, "ppl": line["ppl"]})
+    return found
 
 
 def trained_parameters(result: Result) -> int:
@@ -135,3 +135,25 @@ def by_bin(groups: Groups, samples: int, column: str, reference: str) -> pd.Data
     means = frame.groupby(["kind", "low"], sort=False).mean()
     means["nats"] -= means.nats[reference].reindex(means.index, level="low")
     return means.drop(index=reference, level="kind").reset_index()
+
+
+def memory(seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """`gap.memory` of several seeds: for each k the change of perplexity against whole contexts.
+
+    Returns:
+        Columns k (tokens), change, low, high (95 %, over seeds and conversations; None for one
+        seed).
+    """
+    rows = []
+    for name in seeds[0].columns[2:]:
+        nats = np.array([frame[name] - frame.nats for frame in seeds])
+        found = intervals.crossed(nats, seeds[0].tokens.to_numpy())
+        ends = (None if end is None else math.expm1(end) for end in (found.low, found.high))
+        rows.append((int(name), math.expm1(found.value), *ends))
+    return pd.DataFrame(rows, columns=["k", "change", "low", "high"])
+
+
+def used_memory(table: pd.DataFrame) -> int | None:
+    """The largest k of `memory` whose cut still costs 0.2 %, its interval above 0; None: none."""
+    costs = table[(table.change >= USED) & (table.low.astype(float) > 0)]
+    return None if costs.empty else int(costs.k.max())

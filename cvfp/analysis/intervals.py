@@ -13,28 +13,27 @@ from cvfp.result import Result
 
 # Of every interval.
 LEVEL = 0.95
+# Value, low and high end, degrees of freedom of the interval's Student's t.
+Estimate = tuple[float | None, float | None, float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Crossed:
-    """A mean over seeds and held-out conversations.
-
-    Attributes:
-        value: the mean.
-        low, high: its 95 % interval, for other seeds and other conversations; None with fewer than
-            two of either.
-        seeds, conversations: how many there are of each.
-        by_seed: the value of each seed.
-        seed_share: the seeds' share of the variance; None without an interval.
-    """
+    """A mean over seeds and held-out conversations, and its 95 % interval for others of both: None,
+    with all that belongs to it, where there are fewer than two of either."""
 
     value: float
     low: float | None
     high: float | None
-    seeds: int
+    seeds: int  # how many
     conversations: int
-    by_seed: tuple[float, ...]
-    seed_share: float | None
+    by_seed: tuple[float, ...]  # the value of each seed
+    seed_share: float | None  # the seeds' share of the variance
+    freedom: float | None = None  # degrees of freedom of the interval's Student's t
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.value, self.low, self.high, self.freedom
 
 
 class Paired(Crossed):
@@ -71,15 +70,8 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
     Both vary by chance: another seed trains another model, other conversations score it
     differently. The mean over both has the variance of the seeds' means plus that of the
     conversations' (each contains a share of their interaction, which is thus counted twice: the
-    interval errs on the wide side). Student's t, degrees of freedom by Satterthwaite.
-
-    Args:
-        first, second: as many runs of the one as of the other, one per seed, with the same seeds
-            and the same held-out conversations.
-
-    Raises:
-        ValueError: the seeds or the conversations differ, or there are none.
-    """
+    interval errs on the wide side). Student's t, degrees of freedom by Satterthwaite. Raises
+    ValueError: other seeds or conversations in the one than in the other, a seed twice, or none."""
     ours = {result.experiment.seed: result for result in first}
     theirs = {result.experiment.seed: result for result in second}
     if not ours or ours.keys() != theirs.keys() or not len(ours) == len(first) == len(second):
@@ -95,24 +87,24 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
         raise ValueError("first, second: got runs without a Phase 2; accepted: runs with one")
     # [seeds, conversations]: difference in nats
     nats = np.array([[a["nats"] - b["nats"] for a, b in zip(*runs, strict=True)] for runs in pairs])
-    mean = crossed(nats, tokens)
-    low, high = (None if end is None else math.expm1(end) for end in (mean.low, mean.high))
-    by_seed = tuple(map(math.expm1, mean.by_seed))
-    counts = mean.seeds, mean.conversations
-    return Paired(math.expm1(mean.value), low, high, *counts, by_seed, mean.seed_share)
+    return relative(crossed(nats, tokens))
+
+
+def relative(mean: Crossed, times: float = 1.0) -> Paired:
+    """The relative change that a mean of nats, so many times, is."""
+    low, high = (None if e is None else math.expm1(times * e) for e in (mean.low, mean.high))
+    by_seed = tuple(math.expm1(times * one) for one in mean.by_seed)
+    rest = mean.seeds, mean.conversations, by_seed, mean.seed_share, mean.freedom
+    return Paired(math.expm1(times * mean.value), low, high, *rest)
 
 
 def crossed(nats: np.ndarray, tokens: np.ndarray) -> Crossed:
     """Mean nats per token over seeds and conversations; its interval is explained in `paired`.
-
-    Args:
-        nats: [seeds, conversations], any sum over runs that is linear in their nats.
-        tokens: [conversations].
-    """
+    `nats` [seeds, conversations] may be any sum over runs that is linear in their nats."""
     seeds, conversations = nats.shape
     by_seed = nats.sum(axis=1) / tokens.sum()
     mean = float(by_seed.mean())
-    low = high = share = None
+    low = high = share = freedom = None
     if seeds > 1 and conversations > 1:
         over_seeds = float(by_seed.var(ddof=1)) / seeds
         # A ratio estimator: conversations count by their tokens.
@@ -125,7 +117,7 @@ def crossed(nats: np.ndarray, tokens: np.ndarray) -> Crossed:
             freedom = 1 / (share**2 / (seeds - 1) + (1 - share) ** 2 / more)
         half = student(freedom) * math.sqrt(variance)
         low, high = mean - half, mean + half
-    return Crossed(mean, low, high, seeds, conversations, tuple(by_seed.tolist()), share)
+    return Crossed(mean, low, high, seeds, conversations, tuple(by_seed.tolist()), share, freedom)
 
 
 def side(low: float | None, high: float | None) -> int | None:
@@ -137,10 +129,7 @@ def side(low: float | None, high: float | None) -> int | None:
 
 def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Mean of independent values (one a seed, say) with Student's t interval; None for one value.
-
-    Raises:
-        ValueError: no values, or one that is not finite.
-    """
+    Raises ValueError: no values, or one that is not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"values: got {list(values)}; accepted: finite numbers, at least one")
@@ -153,12 +142,8 @@ def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
 
 def jackknife(value: float, without: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Interval of an estimate from the estimates that leave out one cluster each: Student's t, one
-    degree of freedom less than clusters.
-
-    Returns:
-        Low and high end; None with fewer than two clusters, or where the estimate does not exist
-        (None in `without`) once one of them is left out.
-    """
+    degree of freedom less than clusters. None with fewer than two clusters, or where the estimate
+    does not exist (None in `without`) once one of them is left out."""
     left = [one for one in without if one is not None]
     count = len(without)
     if count < 2 or len(left) < count:

@@ -1,6 +1,6 @@
 """The ledger of claims: what the notes say, their tables give and runs of this kit measured.
 
-A notebook that measures a claim stores the measurement with `record`;
+A notebook that measures claims stores the measurements with `record`;
 `python -m cvfp.analysis.ledger FILE` writes the page.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -16,63 +16,43 @@ from typing import Any, get_args
 import pandas as pd
 
 from cvfp import cache
-from cvfp.analysis import recomputed
-from cvfp.analysis.claims import CLAIMS, FEWEST_SEEDS, Claim, Measurement, Verdict, known, verdict
+from cvfp.analysis import claims, recomputed
+from cvfp.analysis.claims import CLAIMS, KEYS, SETTINGS, Claim, Measurement, corrected
+from cvfp.config import ParameterError
 
 
-def record(id: str, measurement: Measurement) -> Path:
-    """Store a claim's measurement, in place of an earlier one; returns its file.
-
-    Raises:
-        ValueError: no claim of that id.
-    """
-    path = cache.home() / "claims" / f"{known(id)}.json"
+def record(measurement: Measurement) -> Path:
+    """Store a measurement, in place of an earlier one of its part and setting; returns its file."""
+    path = _path(measurement.key)
     cache.keep(path, lambda temporary: _write(temporary, asdict(measurement)))
     return path
 
 
-def measurements() -> dict[str, Measurement]:
-    """The store's measurements by claim, in the ledger's order."""
-    paths = {id: cache.home() / "claims" / f"{id}.json" for id in CLAIMS}
-    read = {id: path.read_text(encoding="utf-8") for id, path in paths.items() if cache.sound(path)}
-    return {id: Measurement(**json.loads(text)) for id, text in read.items()}
+def measurements() -> list[Measurement]:
+    """The store's measurements, in the ledger's order."""
+    paths = [path for path in map(_path, KEYS) if cache.sound(path)]
+    return [Measurement(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def load(path: Path) -> dict[str, Measurement]:
-    """The measurements of a ledger, from the .json beside its page.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
+def load(path: Path) -> list[Measurement]:
+    """The measurements of a ledger, from the .json beside its page; raises ValueError: no such
+    file."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        return {known(id): Measurement(**row) for id, row in dict(read).items()}
-    except (TypeError, ValueError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        fields = [{k: x for k, x in r.items() if k not in ("direction", "magnitude")} for r in rows]
+        return [Measurement(**row) for row in fields]
+    except (AttributeError, TypeError, ValueError) as error:
         accepted = "a file that cvfp.analysis.ledger wrote"
         raise ValueError(f"{path}: got {error}; accepted: {accepted}") from error
 
 
-def _write(path: Path, rows: dict[str, Any]) -> None:
+def _path(key: claims.Key) -> Path:
+    return cache.home() / "claims" / f"{'.'.join(key)}.json"
+
+
+def _write(path: Path, rows: Any) -> None:
     text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def row(claim: Claim, measurement: Measurement | None) -> dict[str, str]:
-    """A claim's row of the ledger."""
-    measured, seeds, by = f"not run; takes {claim.takes}", "–", claim.notebook
-    if measurement is not None:
-        measured = f"{measurement.figure} ({measurement.words})"
-        seeds, by = str(measurement.seeds), measurement.notebook
-    return {
-        "claim": claim.id,
-        "sentence": claim.sentence,
-        "published": claim.published,
-        "recomputed": from_tables(claim),
-        "measured": measured,
-        "n": seeds,
-        "verdict": verdict(claim, measurement),
-        "by": by,
-    }
 
 
 def from_tables(claim: Claim) -> str:
@@ -82,47 +62,50 @@ def from_tables(claim: Claim) -> str:
     return f"{stands[claim.stands]}: {words}"
 
 
-def frame(ids: Iterable[str], measured: Mapping[str, Measurement]) -> pd.DataFrame:
-    """These claims of the ledger, one row a claim.
+def frame(
+    ids: Iterable[str], measured: Iterable[Measurement], settings: Iterable[str] = SETTINGS
+) -> pd.DataFrame:
+    """These claims of the ledger, one row a part: claim, sentence (in the claim's first row), part
+    (with its region), quantity, published (the number printed), and what was measured in each of
+    the settings, with both verdicts. Raises `ParameterError`: no claim of that id."""
+    judged = {one.key: one.judged for one in corrected(measured)}
+    if unknown := set(ids) - set(CLAIMS):
+        raise ParameterError("ids", sorted(unknown), f"some of {', '.join(CLAIMS)}")
+    return pd.DataFrame(
+        {
+            "claim": id,
+            "sentence": "" if place else CLAIMS[id].sentence,
+            "part": f"{part.id}: {part.where}",
+            "quantity": part.quantity,
+            "published": part.printed,
+            **{one: judged.get((id, part.id, one), "not run") for one in settings},
+        }
+        for id in ids
+        for place, part in enumerate(CLAIMS[id].parts.values())
+    )
 
-    Columns: claim, sentence, published, recomputed, measured (value and 95 % interval), n (seeds),
-    verdict, by (the notebook).
 
-    Raises:
-        ValueError: no claim of that id.
-    """
-    for id in measured:
-        known(id)
-    return pd.DataFrame([row(CLAIMS[known(id)], measured.get(id)) for id in ids])
+def rows(ids: Sequence[str], measured: Iterable[Measurement]) -> str:
+    """These claims of the ledger as a Markdown table, as notebooks print them; see `frame`. Holm's
+    correction is for the parts in this table alone."""
+    here = [one for one in measured if one.id in ids]
+    return _lines(frame(ids, here, {one.setting: 0 for one in here} or SETTINGS[:1]))
 
 
-def rows(ids: Sequence[str], measured: Mapping[str, Measurement]) -> str:
-    """These claims of the ledger as a Markdown table, as notebooks print them; see `frame`."""
-    return _lines(frame(ids, {id: one for id, one in measured.items() if id in ids}))
-
-
-def markdown(measured: Mapping[str, Measurement]) -> str:
-    """The whole ledger as a page: how to read it, the table, and each claim in full.
-
-    Raises:
-        ValueError: a measurement of no claim.
-    """
-    table = frame(CLAIMS, measured)
-    counts = table.verdict.value_counts()
-    summary = ", ".join(f"{name} {counts.get(name, 0)}" for name in get_args(Verdict))
-    head = f"""# The claims of the notes, one by one
-
-Each claim is put as one sentence that can be false on any corpus, about one number. *Published* is
-what the note says; *recomputed* is the same from the note's own tables; *measured* is the number
-from runs of this kit, with its 95 % interval, and *n* the seeds behind it. The verdict follows from
-a rule fixed before the runs: the measurement *agrees* if its whole interval lies in the claim's
-region, *contradicts* if none of it does, and is *inconclusive* otherwise, or on fewer than
-{FEWEST_SEEDS} seeds. A verdict holds for the corpus, tokeniser and sizes it was measured on.
-
-{len(measured)} of {len(CLAIMS)} claims are measured. Verdicts: {summary}.
-"""
-    full = [_full(claim, measured.get(claim.id)) for claim in CLAIMS.values()]
-    return "\n\n".join([head + "\n" + _lines(table), *full]) + "\n"
+def markdown(measured: Iterable[Measurement]) -> str:
+    """The whole ledger as a page: how to read it, the table, and each claim in full."""
+    judged = corrected(measured)
+    counts = pd.DataFrame(
+        [(m.setting, m.direction) for m in judged], columns=["setting", "verdict"]
+    )
+    table = pd.crosstab(counts.setting, counts.verdict).reindex(
+        index=SETTINGS, columns=get_args(claims.Verdict), fill_value=0
+    )
+    table = table.assign(measured=table.sum(axis=1)).reset_index().astype(str)
+    head = ["# The claims of the notes, one by one", claims.ABOUT, _lines(table)]
+    summary = frame(CLAIMS, judged).drop(columns=["sentence", "quantity"])
+    full = [_full(claim, [m for m in judged if m.id == claim.id]) for claim in CLAIMS.values()]
+    return "\n\n".join([*head, _lines(summary), *full]) + "\n"
 
 
 def _lines(table: pd.DataFrame) -> str:
@@ -135,43 +118,35 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(clean)} |"
 
 
-def _full(claim: Claim, measurement: Measurement | None) -> str:
+def _full(claim: Claim, measured: Sequence[Measurement]) -> str:
     said = [
-        f"## {claim.id} · {claim.title}",
-        f"**{claim.sentence}** (note {claim.notes})",
-        f"- Number: {claim.quantity}. It agrees if its whole 95 % interval lies {claim.where}, and "
-        "contradicts if none of it does.",
         f"- Published: {claim.published}.",
         f"- Recomputed: {from_tables(claim)}.",
+        f"- Takes: {claim.takes} (`{claim.notebook}`).",
     ]
-    if measurement is None:
-        said.append(f"- Measured: not run; takes {claim.takes} (`{claim.notebook}`).")
-    else:
-        seeds = f"{measurement.seeds} seed{'' if measurement.seeds == 1 else 's'}"
-        said += [
-            f"- Measured: {measurement.figure}, {seeds}: {measurement.words}. "
-            f"On {measurement.ran_on}.",
-            f"- Verdict: **{verdict(claim, measurement)}**. Again by `{measurement.command}`",
-        ]
-    return "\n\n".join(said[:2]) + "\n\n" + "\n".join(said[2:])
+    for part in claim.parts.values():
+        words = f"The claim: {part.where}; printed: {part.printed}. Interval over {part.crosses}."
+        here = [m for m in measured if m.part == part.id]
+        said.append(f"- **{part.id}**: {part.quantity}. {words}")
+        said += [f"  - {m.setting}: {m.judged}. Measured: {m.words}." for m in here]
+    again = {f"- {m.setting}, on {m.ran_on}: `{m.command}`": 0 for m in measured}
+    head = f"## {claim.id} · {claim.title}\n\n**{claim.sentence}** (note {claim.notes})\n\n"
+    return head + "\n".join([*said, *again])
 
 
 def main() -> None:
-    """Write the page, and the measurements behind it beside it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cvfp.analysis.ledger",
-        description="Write the ledger of claims. The measurements behind it stay in a .json of the "
-        "same name beside it; those of the store take the place of earlier ones.",
-    )
+    """Write the ledger of claims. The measurements behind it stay in a .json of the same name
+    beside it; those of the store take the place of earlier ones."""
+    parser = argparse.ArgumentParser("python -m cvfp.analysis.ledger", description=main.__doc__)
     parser.add_argument("file", type=Path, help="where to, such as reports/claims.md")
     path: Path = parser.parse_args().file
     beside = path.with_suffix(".json")
-    both = {**(load(beside) if beside.exists() else {}), **measurements()}
-    both = {id: both[id] for id in CLAIMS if id in both}
+    both = corrected([*(load(beside) if beside.exists() else []), *measurements()])
+    judged = [asdict(m) | {"direction": m.direction, "magnitude": m.magnitude} for m in both]
     with cache.whole(beside) as temporary:
-        _write(temporary, {id: asdict(one) for id, one in both.items()})
+        _write(temporary, judged)
     path.write_text(markdown(both), encoding="utf-8")
-    print(f"{path}: {len(both)} of {len(CLAIMS)} claims measured")
+    print(f"{path}: {len(both)} measurements of claims' parts")
 
 
 if __name__ == "__main__":

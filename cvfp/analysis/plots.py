@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import gmean
 
+from cvfp import baselines, tuning
 from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
 from cvfp.analysis.intervals import Paired
@@ -25,14 +26,14 @@ from cvfp.result import Result
 # Okabe & Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
-BASELINE_STYLE: Mapping[str, Mapping[str, Any]] = {
-    "kneser_ney": dict(color=ORANGE, marker="s", label="Kneser–Ney bigram, training tokens"),
-    "table": dict(color=GREEN, marker="D", label="fitted table alone"),
-    "kneser_ney_both": dict(color=PINK, marker="^", label="… fitting + training"),
-    "trigram_both": dict(color=RED, marker="v", label="Kneser–Ney trigram, fitting + training"),
+BASELINE_LOOKS = {
+    "kneser_ney": (ORANGE, "s"),
+    "table": (GREEN, "D"),
+    "kneser_ney_both": (PINK, "^"),
+    "trigram_both": (RED, "v"),
 }
 # Change of perplexity beyond which a kind of run is named at the edge and not drawn.
-FAR = 0.6
+FAR = 0.45
 Change = tuple[float, float | None, float | None]  # and its interval
 BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
@@ -59,7 +60,7 @@ def _annotate(
 def _against_tokens(axes: Axes) -> None:
     """Perplexity against training tokens, both logarithmic."""
     axes.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation perplexity")
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())
     _plain_log(axes.yaxis)
 
 
@@ -108,19 +109,18 @@ def spectrum(result: Result) -> Figure:
 
 def phase2(result: Result) -> Figure:
     """Phase 2's curves, with the baselines that the perplexity is compared with."""
-    history = pd.DataFrame(result.phase2_history)
+    history = pd.DataFrame(result.phase2_history).set_index("epoch")
     figure, (axes,) = _figure(1, 7, 3.8)
-    label = "training (while learning)"
-    axes.plot(history.epoch, history.train_ppl, color=SKY, marker="o", label=label)
-    axes.plot(history.epoch, history.val_ppl, color=BLUE, marker="o", label="validation")
-    best = history[history.epoch == result.best_epoch].iloc[0]
-    _points(axes, best.epoch, best.val_ppl, RED, "*", markersize=15, label="best epoch")
-    for name, style in BASELINE_STYLE.items():
-        values = result.baselines[name]
-        if values is not None:
-            axes.axhline(values["ppl"], color=style["color"], linestyle="--", label=style["label"])
+    axes.plot(history.train_ppl, color=SKY, marker="o", label="training (while learning)")
+    chooses = "validation" if result.dev_ppl is None else "development"
+    axes.plot(history.val_ppl, color=BLUE, marker="o", label=chooses)
+    best = history.val_ppl[history.index == result.best_epoch]
+    _points(axes, best.index, best, RED, "*", markersize=15, label="best epoch")
+    for name, (color, _) in BASELINE_LOOKS.items():
+        if values := result.baselines[name]:
+            axes.axhline(values["ppl"], color=color, linestyle="--", label=baselines.NAMES[name])
     axes.set(yscale="log", xlabel="epoch", ylabel="perplexity", title="Phase 2")
-    axes.set_xticks(history.epoch)
+    axes.set_xticks(history.index)
     _plain_log(axes.yaxis)
     axes.legend(**BESIDE)
     return figure
@@ -134,10 +134,10 @@ def scaling(
     figure, (left, right) = _figure(2, 10.4, 4.6)
     _points(left, frame.train_tokens, frame.val_ppl, BLUE, label="CVFP, measured", zorder=3)
     _law(left, law, frame.train_tokens, BLUE)
-    for name, style in BASELINE_STYLE.items():
-        column = frame.get(f"{name}_ppl")
-        if column is not None and column.notna().any():
-            means = column.groupby(frame.train_tokens).mean()
+    for name, (color, marker) in BASELINE_LOOKS.items():
+        if frame[f"{name}_ppl"].notna().any():
+            means = frame.groupby("train_tokens")[f"{name}_ppl"].mean()
+            style: dict[str, Any] = dict(color=color, marker=marker, label=baselines.NAMES[name])
             left.plot(means.index, means, markersize=5, linewidth=1, **style)
     left.set_title("Measured here")
     label = "published (note 002)"
@@ -163,10 +163,6 @@ def _law(axes: Axes, law: PowerLaw, tokens: Sequence[float] | pd.Series, color: 
         _points(axes, beyond, law.predict(beyond), color, fillstyle="none", label=label)
 
 
-def _tokens(value: float, _: int) -> str:
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value / 1e3:.3g} k"
-
-
 def _plain_log(axis: Any) -> None:
     """Perplexities as plain numbers on a log axis, also between powers of ten."""
     axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -188,16 +184,13 @@ def agreement(gap: Gap, published: pd.DataFrame) -> Figure:
     left.set(xscale="log", yscale="log", title="Distance along the stream")
     left.set(xlabel="position in the stream (token)", ylabel="1 − cosine with the exact context")
     left.legend(fontsize=8, loc="upper right")
-    rows = gap.agreement
-    causes = [name for name in CAUSES if name in rows.index]
-    names = [AS_LEFT, *(CAUSES[name] for name in causes)]
-    values = [rows.mse[AS_LEFT], *(rows.mse[name] for name in causes)]
-    right.barh(names, values, color=[BLUE] + [SKY] * len(causes))
+    mse = gap.agreement.mse
+    values = {name: mse[key] for key, name in {AS_LEFT: AS_LEFT, **CAUSES}.items() if key in mse}
+    bars = right.barh(list(values), list(values.values()), color=[BLUE] + [SKY] * len(CAUSES))
     right.invert_yaxis()
-    labels = [f" {value:.1e}" for value in values]
-    right.bar_label(right.containers[0], labels, fontsize=8)  # type: ignore[arg-type]
+    right.bar_label(bars, fmt=" {:.1e}", fontsize=8)
     right.set(xlabel="mean squared error against the exact contexts")
-    right.set(title="Where the difference comes from", xlim=(0, max(values) * 1.22))
+    right.set(title="Where the difference comes from", xlim=(0, 1.22 * max(values.values())))
     right.xaxis.set_major_locator(ticker.MaxNLocator(4))
     right.grid(axis="y", visible=False)
     return figure
@@ -238,10 +231,10 @@ def times(frame: pd.DataFrame) -> Figure:
         ("blocks", BLUE, "o", "blocks (exact)"),
         ("shifted", GREEN, "^", "one shifted pass over previous contexts (published)"),
     ):
-        rows = frame[frame[column].notna()]
-        axes.plot(rows.tokens, rows[column], color=color, marker=marker, label=label)
+        there = frame.set_index("tokens")[column].dropna()
+        axes.plot(there, color=color, marker=marker, label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="Time")
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())
     axes.legend(fontsize=8)
     return figure
 
@@ -249,13 +242,11 @@ def times(frame: pd.DataFrame) -> Figure:
 def by_seed(frame: pd.DataFrame, field: str, labels: Mapping[str, str]) -> Figure:
     """Perplexity of each seed under two or more values of a field, joined by seed."""
     figure, (axes,) = _figure(1, 5.5, 3.8)
-    places = {value: place for place, value in enumerate(labels)}
     for seed, rows in frame.groupby("seed"):
-        rows = rows.set_index(field).loc[list(labels)]
-        style: dict[str, Any] = dict(color=GREY, marker="o", linewidth=1)
-        axes.plot(rows.index.map(places), rows.val_ppl, label=f"seed {seed}", **style)
-        _annotate(axes, f"{seed}", (len(labels) - 1, rows.val_ppl.iloc[-1]), (8, -3))
-    axes.set_xticks(list(places.values()), list(labels.values()))
+        ppl = rows.set_index(field).val_ppl[list(labels)].tolist()
+        axes.plot(ppl, color=GREY, marker="o", linewidth=1)
+        _annotate(axes, f"{seed}", (len(ppl) - 1, ppl[-1]), (8, -3))
+    axes.set_xticks(range(len(labels)), list(labels.values()))
     axes.set(xlim=(-0.4, len(labels) - 0.6), ylabel="validation perplexity")
     axes.set_title("One line a seed (its number at the right)")
     return figure
@@ -270,11 +261,10 @@ def early_stopping(results: Sequence[Result], patiences: Sequence[int]) -> Figur
         table = stopping.replay(result, patiences)
         looks = (RED, ORANGE, GREEN, PINK), "sDov", (10, 14, 18, 22)
         for patience, color, marker, size in zip(patiences, *looks, strict=False):
-            row = table.loc[patience]
+            at = table.best_epoch[patience], table.val_ppl[patience]
             # Hollow, one around the other: they may choose the same epoch.
             hollow: dict[str, Any] = dict(markersize=size, markeredgewidth=2, fillstyle="none")
-            label = f"chosen with patience {patience}"
-            _points(one, row.best_epoch, row.val_ppl, color, marker, label=label, **hollow)
+            _points(one, *at, color, marker, label=f"chosen with patience {patience}", **hollow)
         one.set(xlabel="epoch", ylabel="validation perplexity")
         one.set_title(f"{result.experiment.samples} conversations, seed {result.experiment.seed}")
         one.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -286,8 +276,8 @@ def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
     """Perplexity against tokens with every form of law, drawn on to ten times the data."""
     figure, (axes,) = _figure(1, 6.8, 4.2)
     _points(axes, frame.train_tokens, frame.val_ppl, GREY, label="measured")
-    low, high = float(frame.train_tokens.min()), float(frame.train_tokens.max())
-    along = np.geomspace(low, 10 * high, 100)
+    high = float(frame.train_tokens.max())
+    along = np.geomspace(frame.train_tokens.min(), 10 * high, 100)
     looks = (BLUE, RED, GREEN), ("-", "--", "-.")
     for (name, law), color, line in zip(fits.items(), *looks, strict=False):
         axes.plot(along, law.predict(along), color=color, linestyle=line, label=name)
@@ -299,12 +289,8 @@ def forms(frame: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
 
 
 def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: bool) -> Figure:
-    """Several kinds of run against training tokens: perplexity, and effective rank beside it.
-
-    Args:
-        names: for every kind the fields that pick its rows, by the name to show.
-        rank: draw the effective rank of held-out contexts in a second panel.
-    """
+    """Several kinds of run against training tokens: perplexity, and with `rank` the effective rank
+    of held-out contexts beside it; `names` has for every kind the fields that pick its rows."""
     figure, axes = _figure(2 if rank else 1, 10 if rank else 6, 4)
     looks = (BLUE, RED, GREEN, ORANGE), "osD^"
     for (name, fields), color, marker in zip(names.items(), *looks, strict=False):
@@ -318,11 +304,11 @@ def ladders(frame: pd.DataFrame, names: Mapping[str, Mapping[str, Any]], rank: b
     if rank:
         axes[1].set(xscale="log", ylabel="effective rank, % of D", title="Effective rank")
     for one in axes:
-        one.set(xlabel="training tokens")
         # The sizes themselves: a ladder may hold no power of ten.
         one.set_xticks(sorted(frame.groupby("samples").train_tokens.first()), minor=False)
         one.set_xticks([], minor=True)
-        one.xaxis.set_major_formatter(ticker.FuncFormatter(_tokens))
+        one.xaxis.set_major_formatter(ticker.EngFormatter(places=1))
+        one.set_xlabel("training tokens")
         one.legend(fontsize=8)
     return figure
 
@@ -343,12 +329,12 @@ def overfitting(results: Sequence[Result], names: Sequence[str]) -> Figure:
 
 
 def correlations(matrix: pd.DataFrame) -> Figure:
-    """A correlation matrix as a heat map."""
+    """A correlation matrix as a heat map, its lower half."""
     figure, (axes,) = _figure(1, 6.8, 5.5)
-    values = matrix.round(2) + 0.0  # no −0.00
+    axes.grid(visible=False)
     cells: dict[str, Any] = dict(annot=True, fmt=".2f", annot_kws={"fontsize": 7}, square=True)
-    bar = {"label": "Pearson's r"}
-    sns.heatmap(values, ax=axes, vmin=-1, vmax=1, cmap="RdBu_r", cbar_kws=bar, **cells)
+    cells |= dict(mask=np.triu(np.ones(matrix.shape), 1), cbar_kws={"label": "Pearson's r"})
+    sns.heatmap(matrix.round(2) + 0.0, ax=axes, vmin=-1, vmax=1, cmap="RdBu_r", **cells)  # no −0
     axes.set(xlabel="", ylabel="", title="Correlations over the runs")
     plt.setp(axes.get_xticklabels(), rotation=45, ha="right")
     return figure
@@ -371,33 +357,69 @@ def comparison(groups: compare.Groups) -> Figure:
     """Perplexity of every kind of run against CVFP's at every size, with paired intervals, and of
     the models that only count; ordered as at the largest size."""
     sizes = compare.sizes(groups)
-    changes = {size: _changes(groups, size) for size in sizes}
+    ppl: dict[int, float] = {}
+    changes: dict[int, dict[str, Change]] = {}
+    for size in sizes:
+        pairs = compare.against(groups, size).items()
+        changes[size] = {kind: (one.change, one.low, one.high) for kind, one in pairs}
+        runs = compare.at(groups[tuning.CVFP], size)
+        ppl[size] = _ppl(runs)
+        lines = runs[0].baselines
+        for key, name in compare.COUNTED.items():
+            if line := lines[key]:
+                changes[size][name] = line["ppl"] / ppl[size] - 1, None, None
     # The best are to be seen, however far under CVFP.
-    nearest = min(-0.4, *(one[0] - 0.05 for kinds in changes.values() for one in kinds.values()))
-    order = sorted(changes[sizes[-1]], key=lambda kind: changes[sizes[-1]][kind][0])
-    looks = dict.fromkeys(compare.COUNTED.values(), (ORANGE, "D"))
+    drawn = [one[0] for kinds in changes.values() for one in kinds.values()]
+    nearest, farthest = min(drawn) - 0.03, min(FAR, max(drawn)) + 0.05
+    last = {kind: one[0] for size in sizes for kind, one in changes[size].items()}
+    order = sorted(last, key=last.__getitem__)
     figure, axes = _figure(len(sizes), 2.6 + 2.9 * len(sizes), 1.2 + 0.31 * len(order))
     for panel, (one, size) in enumerate(zip(axes, sizes, strict=True)):
         one.axvline(0, color=RED, linewidth=1.5)
         for place, kind in enumerate(order):
+            if kind not in changes[size]:
+                continue
             change, low, high = changes[size][kind]
             # What is far worse is not what the figure is about.
             if change > FAR:
                 one.annotate(f"{change:+.0%} →", (FAR, place), ha="right", va="center", fontsize=8)
                 continue
             if low is not None and high is not None:
-                one.plot([low, high], [place] * 2, color=SKY, linewidth=3)
-            _points(one, change, place, *looks.get(kind, (BLUE, "o")))
+                one.plot([low, high], [place] * 2, color="#BBBBBB", linewidth=4)
+            _points(one, change, place, *_FAMILIES[compare.family(kind)])
         one.set_yticks(range(len(order)), order if panel == 0 else [""] * len(order))
-        ppl = _ppl(compare.at(groups[compare.CVFP], size))
-        one.set(xlim=(nearest, FAR + 0.02), ylim=(len(order) - 0.5, -0.5))
-        one.set(xlabel="perplexity against CVFP", title=f"{size} conversations (CVFP {ppl:.0f})")
-        one.set_xticks([-0.25, 0, 0.25, 0.5])
+        one.set(xlim=(nearest, farthest), ylim=(len(order) - 0.5, -0.5))
+        one.set_xlabel("perplexity against\nCVFP, as published")
+        one.set(title=f"{size} conversations (that is {ppl[size]:.0f})")
+        one.xaxis.set_major_locator(ticker.MaxNLocator(5))
         one.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
-    _points(axes[0], [], [], BLUE, label="trained, 95 % interval")
-    _points(axes[0], [], [], ORANGE, "D", label="counted, no seeds")
-    axes[0].plot([], [], color=RED, label="CVFP")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    for family, look in _FAMILIES.items():
+        _points(axes[0], [], [], *look, label=family)
+    axes[0].plot([], [], color=RED, label="CVFP, as published")
+    axes[0].plot([], [], color="#BBBBBB", linewidth=4, label="95 % interval")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(4, 1 + len(sizes)))
+    return figure
+
+
+def cost(groups: compare.Groups) -> Figure:
+    """Perplexity of every kind of run against the seconds that its training took, at every size;
+    the lines are the least that counting reaches there."""
+    sizes = compare.sizes(groups)
+    figure, axes = _figure(len(sizes), 1.5 + 3.4 * len(sizes), 4)
+    for one, size in zip(axes, sizes, strict=True):
+        there = compare.of_size(groups, size)
+        for kind, runs in there.items():
+            seconds = float(np.mean([compare.training_seconds(run) for run in runs]))
+            color, _ = _FAMILIES[compare.family(kind)]
+            marker = _MARKERS[list(groups).index(kind) % len(_MARKERS)]
+            _points(one, seconds, _ppl(runs), color, marker, label=kind)
+        lines = [line["ppl"] for line in there[tuning.CVFP][0].baselines.values() if line]
+        one.axhline(min(lines), color=GREY, linestyle=":", label="best that only counts")
+        one.set(xlabel="seconds of training", title=f"{size} conversations", xscale="log")
+        _plain_log(one.xaxis)
+    axes[0].set_ylabel("validation perplexity")
+    named = {k: v for one in axes for v, k in zip(*one.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(named.values(), named.keys(), **BESIDE)
     return figure
 
 
@@ -418,34 +440,24 @@ def pairs(named: Mapping[str, Paired], reference: str) -> Figure:
     return figure
 
 
-def _changes(groups: compare.Groups, size: int) -> dict[str, Change]:
-    """Change of perplexity against CVFP's, with its interval; none for what only counts."""
-    pairs = compare.against(groups, size).items()
-    changes: dict[str, Change] = {kind: (one.change, one.low, one.high) for kind, one in pairs}
-    runs = compare.at(groups[compare.CVFP], size)
-    for key, name in compare.COUNTED.items():
-        line = runs[0].baselines[key]
-        if line is not None:
-            changes[name] = line["ppl"] / _ppl(runs) - 1, None, None
-    return changes
-
-
 def _ppl(runs: Sequence[Result]) -> float:
     """Geometric mean over seeds, as `intervals.paired` compares them."""
     return float(gmean([one.val_ppl for one in runs if one.val_ppl]))
 
 
 def where_context_helps(groups: compare.Groups, samples: int) -> Figure:
-    """Nats per token against zero contexts, by place in the conversation and by how often the
-    predicted token was seen."""
+    """Nats per token against no contexts, with as few tokens as there are runs of, by place in the
+    conversation and by how often the predicted token was seen."""
     figure, axes = _figure(2, 10, 3.5)
     figure.set_dpi(80)  # many lines: under 100 kB
-    kinds = {kind: runs for kind, runs in groups.items() if kind in _SHOWN or kind == compare.ZERO}
+    there = compare.of_size(groups, samples)
+    none = next(one for one in map(tuning.ZERO.format, (1, 2, 3, 4)) if one in there)
+    kinds = {kind: runs for kind, runs in there.items() if kind in _SHOWN or kind == none}
     for one, column, title, xlabel in (
         (axes[0], "val_positions", "By place in the conversation", "token of the conversation"),
         (axes[1], "val_frequencies", "By frequency", "times seen in training"),
     ):
-        frame = compare.by_bin(kinds, samples, column, compare.ZERO)
+        frame = compare.by_bin(kinds, samples, column, none)
         bins = sorted(frame.low.unique())
         for kind, rows in frame.groupby("kind", sort=False):
             color, marker = _SHOWN[str(kind)]
@@ -454,18 +466,46 @@ def where_context_helps(groups: compare.Groups, samples: int) -> Figure:
         one.axhline(0, color=GREY, linestyle=":")
         names = itertools.starmap(_bin, itertools.zip_longest(bins, bins[1:]))
         one.set_xticks(range(len(bins)), list(names), rotation=35, ha="right")
-        one.set(title=title, xlabel=xlabel, ylabel="nats against zero contexts")
+        one.set(title=title, xlabel=xlabel, ylabel=f"nats against {none}")
     axes[1].legend(**BESIDE)
     return figure
 
 
+def memory(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What a cut of the contexts to their last k tokens costs, for each kind of run."""
+    figure, (axes,) = _figure(1, 6.5, 3.6)
+    for number, (kind, table) in enumerate(tables.items()):
+        color, _ = _FAMILIES[compare.family(kind)]
+        if table.low.notna().all():
+            ends = table.low.astype(float), table.high.astype(float)
+            axes.fill_between(table.k, *ends, color=color, alpha=0.2, linewidth=0)
+        axes.plot(table.k, table.change, color=color, marker=_MARKERS[number], label=kind)
+    axes.axhline(compare.USED, color=GREY, linestyle=":", label=f"{compare.USED:.1%}")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=0.001)
+    axes.set_xticks([0, 1, 2, 4, 8, 16, 32], ["0", "1", "2", "4", "8", "16", "32"])
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, 1, " %"))
+    axes.set(xlabel="tokens before the current one that contexts have seen", xlim=(-0.1, 40))
+    axes.set_ylabel("change of perplexity")
+    axes.legend(fontsize=8)
+    return figure
+
+
+_MARKERS = "osDv^<>PX*hp"
+_FAMILIES = {
+    "contexts of Phase 1": (BLUE, "o"),
+    "contexts of an untrained block": (SKY, "s"),
+    "tokens alone": (GREEN, "D"),
+    "end to end": (ORANGE, "^"),
+    "counted": (GREY, "v"),
+}
 _SHOWN = {
-    compare.CVFP: (BLUE, "o"),
-    compare.RANDOM: (SKY, "s"),
-    compare.WINDOW: (GREEN, "D"),
-    compare.JOINT: (ORANGE, "^"),
-    compare.LSTM: (PINK, "v"),
-    compare.TRANSFORMER: (RED, "X"),
+    tuning.SCALED: (BLUE, "o"),
+    tuning.RANDOM_SCALED: (SKY, "s"),
+    tuning.WINDOW: (GREEN, "D"),
+    tuning.JOINT: (ORANGE, "^"),
+    tuning.LSTM: (PINK, "v"),
+    tuning.TRANSFORMER: (RED, "X"),
 }
 
 

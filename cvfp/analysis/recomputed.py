@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from cvfp.analysis import prediction, published, scaling
 from cvfp.analysis.scaling import PowerLaw
@@ -35,9 +34,11 @@ def _configurations() -> pd.DataFrame:
 def _c1() -> dict[str, float]:
     designs = published.table("002_designs").set_index("design")
     ours, theirs = designs.loc["token input in every layer"], designs.loc["equal-decrease"]
+    former, decrease = published.table("000_designs").val_ppl
     ratio = published.table("002_scaling").val_ppl / published.table("001_scaling").val_ppl
     return {
         "ppl_change": ours.val_ppl / theirs.val_ppl - 1,
+        "ppl_change_000": former / decrease - 1,
         "accuracy_change": ours.val_acc / theirs.val_acc - 1,
         "er_ratio": ours.val_er / theirs.val_er,
         "ppl_change_least": ratio.max() - 1,
@@ -172,21 +173,16 @@ def _c16() -> dict[str, float]:
     er, ppl = runs.best_val_er.to_numpy(), runs.best_val_ppl.to_numpy()
     both = prediction.correlation(er, ppl)
     errors = np.abs((500 - 4 * er) / ppl - 1)
-    line, mean = _left_out(er, ppl)
+    # Each PPL predicted from the others: by their line, by their mean.
+    predicted = []
+    for number in range(len(er)):
+        others, left = np.delete(er, number), np.delete(ppl, number)
+        predicted.append((np.polyval(np.polyfit(others, left, 1), er[number]), left.mean()))
+    line, mean = np.abs(np.array(predicted) / ppl[:, None] - 1).mean(axis=0)
     more = (runs.samples_high > 500).sum()
     found: dict[str, float] = {"configurations": len(runs), "more_samples": more}
     found |= {"r": both.r, "p": both.p, "error_mean": errors.mean(), "error_most": errors.max()}
     return found | {"line_error": line, "mean_error": mean, "gain": mean - line}
-
-
-def _left_out(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean relative error of each y predicted from the others: by their line, by their mean."""
-    predicted = []
-    for number in range(len(x)):
-        others, left = np.delete(x, number), np.delete(y, number)
-        predicted.append((np.polyval(np.polyfit(others, left, 1), x[number]), left.mean()))
-    line, mean = np.abs(np.array(predicted) / y[:, None] - 1).mean(axis=0)
-    return float(line), float(mean)
 
 
 def _c17() -> dict[str, float]:

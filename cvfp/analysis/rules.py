@@ -36,11 +36,8 @@ def calls(result: Result) -> dict[str, int]:
 
     Validation ER is good over 80 % of D, poor under 75 %; iterations are good up to 25, poor over
     30 (for a run that was cut off, the count it reached); the gap of training minus validation ER
-    is good up to 2 points, poor from 5 on. An abort rule says poor or nothing.
-
-    Raises:
-        ValueError: an effective rank that is no fraction of D, or a run without a Phase 1.
-    """
+    is good up to 2 points, poor from 5 on. An abort rule says poor or nothing. Raises ValueError:
+    an effective rank that is no fraction of D, or a run without a Phase 1."""
     for name, value in zip(("train_er", "val_er"), result.ranks, strict=True):
         if not 0 < value <= 1:
             raise ParameterError(name, value, "a fraction of D, above 0, up to 1")
@@ -64,6 +61,16 @@ def calls(result: Result) -> dict[str, int]:
     }
 
 
+def judge(result: Result) -> dict[str, str]:
+    """Note 004's checklist for a run when its Phase 1 has ended: each criterion's verdict, by the
+    note's lights; overall, which is the worst; and why the note would have given the run up before
+    its end ("": it would not). Raises as `calls` does."""
+    said = {name: call for name, call in calls(result).items() if name in CRITERIA}
+    said["overall"] = min(said.values())
+    words = {name: ("🟡 medium", "🟢 good", "🔴 review")[call] for name, call in said.items()}
+    return {**words, "early abort": abort_rules.reason(result.phase1_history) or ""}
+
+
 @functools.cache
 def _thresholds() -> tuple[float, float, float, float]:
     """Effective rank (percent) above which a run is good, under which poor; iterations up to which
@@ -84,36 +91,27 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
     A run is better or worse by its perplexity, against the median of the runs with as many
     training tokens; one at the median does not count, nor does one that was given up. A rule is
     right about a run that it calls good and that is better, or poor and worse; "medium" is no call.
-    An abort rule only calls poor (the remark says how many better runs it would have cost).
+    An abort rule only calls poor. The runs are of one corpus and tokeniser, and went on whatever
+    the abort rules said.
 
-    Args:
-        results: one corpus, one tokeniser; runs that went on whatever the abort rules said.
-
-    Returns:
-        One row a rule: called, right (runs); hit_rate (right / called); base_rate (expected if as
-        many calls of each kind fell on the runs of each size at random); excess (hit_rate −
-        base_rate); low, high (its 95 % interval: a jackknife over configurations, of no width where
-        a rule is always right or wrong); p (permutation test: configurations change places within
-        the sizes, 2,000 times); remark. Missing: undefined.
-
-    Raises:
-        ValueError: no two runs of one size whose perplexities differ, or as `calls`.
-    """
+    One row a rule: called, right (runs); hit_rate (right / called); base_rate (expected if as many
+    calls of each kind fell on the runs of each size at random); excess (hit_rate − base_rate); low,
+    high (its 95 % interval: a jackknife over configurations, of no width where a rule is always
+    right or wrong); p (permutation test: configurations change places within the sizes, 2,000
+    times); remark. Missing: undefined. Raises ValueError: no two runs of one size whose
+    perplexities differ, or as `calls`."""
     runs = pd.DataFrame(
         [
             {
                 "configuration": prediction.label(result.experiment.to_dict()),
                 "tokens": result.train_tokens,
                 "ppl": result.val_ppl,
-                "reached": any(
-                    row["iteration"] == abort_rules.ITERATION for row in result.phase1_history
-                ),
                 **calls(result),
             }
             for result in results
             if result.aborted is None and result.val_ppl is not None
         ],
-        columns=["configuration", "tokens", "ppl", "reached", *_RULES],
+        columns=["configuration", "tokens", "ppl", *_RULES],
     ).astype({"ppl": float})
     outcomes = _outcomes(runs)
     if not outcomes.any():
@@ -205,21 +203,10 @@ def _permuted(
 
 
 def _remarks(runs: pd.DataFrame, rule: str, outcomes: NDArray[np.float64]) -> list[str]:
-    runs, outcomes = runs[outcomes != 0], outcomes[outcomes != 0]
-    said = []
-    kinds = set(runs[rule])
+    kinds = set(runs[rule][outcomes != 0])
     names = [name for name, call in (("good", 1), ("poor", -1)) if call in kinds]
     if not names:
-        said.append("calls no run good or poor")
-    elif len(kinds) == 1:
-        said.append(f"calls every run {names[0]}: tells nothing apart")
-    elif len(names) == 1:
-        said.append(f"calls only {names[0]}")
-    if rule in (*ABORTS, ANY_ABORT):
-        better = runs[outcomes > 0]
-        said.append(
-            f"{int(runs.reached.sum())} of {len(runs)} runs reached iteration "
-            f"{abort_rules.ITERATION}; gives up {int((better[rule] < 0).sum())} of "
-            f"{len(better)} better runs"
-        )
-    return said
+        return ["calls no run good or poor"]
+    if len(kinds) == 1:
+        return [f"calls every run {names[0]}: tells nothing apart"]
+    return [f"calls only {names[0]}"] if len(names) == 1 else []

@@ -7,7 +7,7 @@ The intervals of a fit assume independent residuals of log perplexity with equal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from cvfp.analysis.intervals import Crossed, crossed, student
 from cvfp.result import Result
 
 Array = NDArray[np.float64]
+Weights = Callable[[Array], Array]
 
 FORMS = {
     "power": "power law, PPL = A · tokens^α",
@@ -41,29 +42,19 @@ WINDOW = 4
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """PPL = A · tokens^alpha, least squares in log-log (the published form).
+    """PPL = A · tokens^alpha, least squares in log-log (the published form). What needs a residual
+    is None for two points, through which every line passes."""
 
-    Attributes:
-        alpha: slope in log-log; negative where more data helps.
-        A: perplexity extrapolated to one token.
-        r2: share of the variance of log PPL that the line explains; None for two points, through
-            which every line passes, and where there is no variance.
-        alpha_error: standard error of alpha; None for two points.
-        points, low, high: number of measurements fitted, and their least and most tokens.
-        residual: standard deviation of log PPL about the line; None for two points.
-        centre, spread: mean of log tokens, and the sum of squared deviations from it.
-    """
-
-    alpha: float
-    A: float
-    r2: float | None
-    alpha_error: float | None
-    points: int
-    low: float
-    high: float
-    residual: float | None
-    centre: float
-    spread: float
+    alpha: float  # slope in log-log; negative where more data helps
+    A: float  # perplexity extrapolated to one token
+    r2: float | None  # share of the variance of log PPL explained; None also where there is none
+    alpha_error: float | None  # standard error
+    points: int  # measurements fitted
+    low: float  # their least tokens
+    high: float  # and most
+    residual: float | None  # standard deviation of log PPL about the line
+    centre: float  # mean of log tokens
+    spread: float  # sum of squared deviations from it
 
     @property
     def per_doubling(self) -> float:
@@ -71,11 +62,8 @@ class PowerLaw:
         return float(2**self.alpha - 1)
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of alpha by Student's t; None for two points (no residual).
-
-        A bootstrap is not offered: with the residuals of four points resampled, a 95 % percentile
-        interval holds the true alpha only about 67 % of the time.
-        """
+        """95 % interval of alpha by Student's t; None for two points (no residual)."""
+        # Not a bootstrap: from four points, one holds the true alpha 67 % of the time.
         if self.alpha_error is None:
             return None
         half = student(self.points - 2) * self.alpha_error
@@ -83,8 +71,7 @@ class PowerLaw:
 
     def predict(self, tokens: ArrayLike) -> Any:
         """Perplexity at `tokens`: a float for a number, an array for an array."""
-        logs = np.log(np.asarray(tokens, dtype=np.float64))
-        return np.exp(math.log(self.A) + self.alpha * logs)
+        return self.A * np.asarray(tokens, dtype=np.float64) ** self.alpha
 
     def predict_interval(self, tokens: ArrayLike) -> tuple[Any, Any] | None:
         """95 % interval of the law's perplexity at `tokens`: low and high end, each as of
@@ -101,12 +88,8 @@ class PowerLaw:
 
 
 def fit(tokens: ArrayLike, ppl: ArrayLike) -> PowerLaw:
-    """Fit PPL = A · tokens^alpha.
-
-    Raises:
-        ValueError: lists of unequal length, fewer than two different token counts, or numbers that
-            are not positive and finite.
-    """
+    """Fit PPL = A · tokens^alpha. Raises ValueError: lists of unequal length, fewer than two
+    different token counts, or numbers that are not positive and finite."""
     x, y = _checked(tokens, ppl, SIZES_NEEDED["power"])
     logs, log_ppl = np.log(x), np.log(y)
     line = stats.linregress(logs, log_ppl)
@@ -128,6 +111,20 @@ def fit(tokens: ArrayLike, ppl: ArrayLike) -> PowerLaw:
     )
 
 
+def lack_of_fit(tokens: ArrayLike, ppl: ArrayLike) -> tuple[float, int, int] | None:
+    """F of the power law's lack of fit against pure error, with its degrees of freedom: how far the
+    mean log perplexities of the sizes scatter about the line, for how far runs of one size scatter
+    about their mean. None under three sizes, or without several different runs at one."""
+    logs, values = map(np.log, _checked(tokens, ppl, SIZES_NEEDED["power"]))
+    groups = pd.Series(values).groupby(logs)
+    means, line = groups.transform("mean"), np.polyval(np.polyfit(logs, values, 1), logs)
+    freedom = groups.ngroups - 2, len(values) - groups.ngroups
+    lack, pure = (float((rest**2).sum()) for rest in (means - line, values - means))
+    if min(freedom) < 1 or pure == 0:
+        return None
+    return lack / freedom[0] / (pure / freedom[1]), *freedom
+
+
 def _checked(tokens: ArrayLike, ppl: ArrayLike, sizes: int) -> tuple[Array, Array]:
     x, y = np.asarray(tokens, dtype=np.float64), np.asarray(ppl, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
@@ -147,27 +144,16 @@ class Saturating:
 
     Form "ppl": PPL = floor + scale · tokens^−exponent. Form "loss": ln PPL = floor + scale ·
     tokens^−exponent, in nats.
-
-    Attributes:
-        form: "ppl" or "loss".
-        floor: the limit for ever more data, of PPL or of ln PPL; not under 0.
-        scale: height above the floor, extrapolated to one token; not under 0.
-        exponent: decay of that height with tokens; positive, within `EXPONENTS`.
-        r2: share of the variance of log PPL that the curve explains; None for three points (no
-            residual), and where there is no variance.
-        at_bound: floor, scale or exponent sits on its bound: saturation is not identified.
-        cost: half the sum of squared residuals of log PPL, outlying ones damped.
-        tokens, ppl: the measurements fitted.
     """
 
-    form: str
-    floor: float
-    scale: float
-    exponent: float
-    r2: float | None
-    at_bound: bool
-    cost: float = field(repr=False)
-    tokens: Array = field(repr=False, compare=False)
+    form: str  # "ppl" or "loss"
+    floor: float  # the limit for ever more data, of PPL or of ln PPL; not under 0
+    scale: float  # height above the floor, extrapolated to one token; not under 0
+    exponent: float  # decay of that height with tokens; positive, within `EXPONENTS`
+    r2: float | None  # as of `PowerLaw`; None for three points, too: no residual
+    at_bound: bool  # floor, scale or exponent sits on its bound: saturation is not identified
+    cost: float = field(repr=False)  # half the sum of squared residuals, outlying ones damped
+    tokens: Array = field(repr=False, compare=False)  # the measurements fitted
     ppl: Array = field(repr=False, compare=False)
 
     @property
@@ -192,34 +178,25 @@ class Saturating:
             return None
         threshold = self.cost * (1 + student(freedom) ** 2 / freedom)
 
-        def profile(log_exponent: float) -> float:
-            return _least(self.form, self.tokens, self.ppl, math.exp(log_exponent))[0]
+        def over(log_exponent: float) -> float:
+            return _least(self.form, self.tokens, self.ppl, math.exp(log_exponent))[0] - threshold
 
-        best = math.log(self.exponent)
-
-        def end(bound: float) -> float | None:
-            """Where the profile passes the threshold between the best exponent and a bound."""
-            if profile(math.log(bound)) <= threshold:
-                return None
+        best, ends = math.log(self.exponent), list[float | None]()
+        for bound in map(math.log, EXPONENTS):
+            if over(bound) <= 0:
+                ends.append(None)
             # A perfect fit: the threshold is 0, and rounding is over it.
-            if profile(best) >= threshold:
-                return self.exponent
-            between = (best, math.log(bound))
-            return math.exp(optimize.brentq(lambda x: profile(x) - threshold, *between, rtol=1e-6))
-
-        return end(EXPONENTS[0]), end(EXPONENTS[1])
+            elif over(best) >= 0:
+                ends.append(self.exponent)
+            else:
+                ends.append(math.exp(optimize.brentq(over, best, bound, rtol=1e-6)))
+        return ends[0], ends[1]
 
 
 def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
-    """Fit a power law with a floor: robust least squares of log PPL from many starts.
-
-    Args:
-        form: "ppl" or "loss": what has the floor (see `FORMS`).
-
-    Raises:
-        ValueError: as `fit`, but three token counts; perplexities under 1 for form "loss", or
-            another form.
-    """
+    """Fit a power law with a floor, of "ppl" or "loss" (see `FORMS`): robust least squares of log
+    PPL from many starts. Raises ValueError: as `fit`, but three token counts; perplexities under 1
+    for form "loss", or another form."""
     if form not in ("ppl", "loss"):
         raise ValueError(f'form: got {form!r}; accepted: "ppl" or "loss"')
     x, y = _checked(tokens, ppl, SIZES_NEEDED[form])
@@ -250,11 +227,8 @@ def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
 def _least(
     form: str, tokens: Array, ppl: Array, exponent: float | None = None
 ) -> tuple[float, Array]:
-    """Fit a floor, the height above it at the largest size and, unless it is fixed, the exponent.
-
-    Returns:
-        The least cost, and the fitted parameters.
-    """
+    """The least cost, and the parameters fitted: a floor, the height above it at the largest size
+    and, unless it is fixed, the exponent."""
     ratio, log_ppl = tokens / tokens.max(), np.log(ppl)
     values = ppl if form == "ppl" else log_ppl
     free = 3 if exponent is None else 2
@@ -277,52 +251,46 @@ def _least(
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> dict[str, PowerLaw | Saturating]:
-    """The forms of `FORMS` that the number of different sizes allows, fitted.
-
-    Raises:
-        ValueError: as `fit`.
-    """
-    sizes = len(np.unique(np.asarray(tokens)))
-    floors = [form for form in ("ppl", "loss") if sizes >= SIZES_NEEDED[form]]
+    """The forms of `FORMS` that the number of sizes allows, fitted; raises ValueError as `fit`."""
+    floors = ("ppl", "loss") if len(np.unique(np.asarray(tokens))) > 2 else ()
     return {"power": fit(tokens, ppl), **{form: saturating(tokens, ppl, form) for form in floors}}
 
 
-def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
-    """Each form fitted without the largest size, and what it then predicts there.
+def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike, below: float = math.inf) -> pd.DataFrame:
+    """Each form fitted without the largest size, and what it then predicts there; `below`: fitted
+    to sizes of fewer tokens alone, with no change from the largest of them as one more form.
 
-    Returns:
-        One row per form of `FORMS`: form; predicted; actual (mean perplexity of that size's runs);
-        error (relative: predicted / actual − 1); doublings (of tokens, from the largest size that
-        is fitted); reason. Where too few sizes remain, predicted and error are NaN and reason says
-        so; elsewhere reason is None.
-    """
+    One row per form of `FORMS`: form; predicted; actual (mean perplexity of that size's runs);
+    error (relative: predicted / actual − 1); doublings (of tokens, from the largest size fitted);
+    reason: why predicted and error are NaN where too few sizes remain, elsewhere None."""
     x, y = _checked(tokens, ppl, 2)
-    rest = x < x.max()
+    largest = x.max()
+    rest, actual = x < min(largest, below), y[x == largest].mean()
     sizes = len(np.unique(x[rest]))
     laws = forms(x[rest], y[rest]) if sizes > 1 else {}
-    largest, actual = x.max(), y[~rest].mean()
     names = list(SIZES_NEEDED)
     predicted = [laws[name].predict(largest) if name in laws else math.nan for name in names]
     reasons = [
         None if name in laws else f"needs {needed} sizes, {sizes} remain"
         for name, needed in SIZES_NEEDED.items()
     ]
+    last = x[rest].max(initial=0)
+    if last and below < math.inf:
+        names, reasons = [*names, "no change"], [*reasons, None]
+        predicted.append(y[x == last].mean())
     frame = pd.DataFrame({"form": names, "predicted": predicted, "actual": actual})
     return frame.assign(
         error=frame.predicted / actual - 1,
-        doublings=np.log2(largest / x[rest].max()),
+        doublings=np.log2(largest / last) if last else math.nan,
         # As objects: among words, pandas makes NaN of None.
         reason=pd.Series(reasons, dtype=object),
     )
 
 
 def windows(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
-    """Alpha over a window of four sizes that slides along the ladder (note 004, trend 0.5).
-
-    Returns:
-        One row per window, with all runs of its sizes; none where there are fewer sizes than four:
-        window (from 1), tokens_low, tokens_high, alpha, alpha_low, alpha_high (95 % interval).
-    """
+    """Alpha over a window of four sizes that slides along the ladder (note 004, trend 0.5): one row
+    per window, with all runs of its sizes: window (from 1), tokens_low, tokens_high, alpha,
+    alpha_low, alpha_high (95 % interval). No row where there are fewer sizes than four."""
     x, y = _checked(tokens, ppl, 2)
     counts = np.unique(x)
     rows = []
@@ -336,19 +304,14 @@ def windows(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where two power laws predict the same perplexity: training tokens (None: the fits are
-    parallel), and the ends of the 95 % interval (None: it has no end there, or is none).
+    """Where two power laws predict the same perplexity, and the ends of the 95 % interval (None: it
+    has no end there, or is none)."""
 
-    Attributes:
-        inside: whether it lies within the tokens that both fits cover.
-        has_interval: False where a fit has two points only.
-    """
-
-    tokens: float | None
+    tokens: float | None  # None: the fits are parallel
     low: float | None
     high: float | None
-    inside: bool
-    has_interval: bool
+    inside: bool  # within the tokens that both fits cover
+    has_interval: bool  # False where a fit has two points only
 
     def words(self) -> str:
         """As "154,500 tokens (95 % interval 120,000 … 199,000)" """
@@ -403,25 +366,34 @@ def points(results: Sequence[Result]) -> tuple[list[float], list[float]]:
     return [tokens for tokens, _ in there], [ppl for _, ppl in there]
 
 
-def over_runs(results: Sequence[Result]) -> Crossed:
-    """The exponent of runs at several sizes, every size with the same seeds.
+def slope(logs: Array) -> Array:
+    """Weights of the values at these log tokens [seeds, sizes] in their slope, by least squares."""
+    weights = logs - logs.mean(axis=1, keepdims=True)
+    return np.asarray(weights / (weights**2).sum(axis=1, keepdims=True))
 
-    Each seed's alpha is linear in its log perplexities, hence in the nats of each held-out
-    conversation, so that `intervals.crossed` applies; that a power law may be the wrong form is no
-    part of the interval. With validation "tail" there is none: each size has its own conversations.
 
-    Args:
-        results: one run per size (`samples`) and seed, all scored on the same conversations, or
-            all on the tails of their streams.
+def over_runs(results: Sequence[Result], weights: Weights = slope) -> Crossed:
+    """The exponent of runs at several sizes, each with the same seeds, or another sum of their
+    log perplexities, by `weights` of the log tokens (both [seeds, sizes]).
 
-    Raises:
-        ValueError: sizes and seeds are no full grid of at least two sizes, the conversations
-            are none or differ, or a run has no perplexity.
-    """
+    It is linear in the nats of each held-out conversation, so that `intervals.crossed` applies;
+    that a power law may be the wrong form is no part of the interval. With validation "tail" there
+    is none: each size has its own conversations. Raises ValueError: sizes and seeds are no full
+    grid of at least two sizes, the conversations are none or differ, or a run has no perplexity."""
+    total = crossed(*by_conversation(results, weights, fewest=2))
+    tail = results[0].experiment.validation == "tail"
+    return replace(total, conversations=0) if tail else total
+
+
+def by_conversation(
+    results: Sequence[Result], weights: Weights, fewest: int = 1
+) -> tuple[Array, Array]:
+    """What `over_runs` takes the mean of, from `fewest` sizes on: such sums of nats [seeds,
+    conversations], and tokens [conversations]; the tail of a stream counts as one conversation."""
     grid = {(one.experiment.samples, one.experiment.seed): one for one in results}
     sizes = sorted({size for size, _ in grid})
     seeds = sorted({seed for _, seed in grid})
-    if len(sizes) < 2 or not len(results) == len(grid) == len(sizes) * len(seeds):
+    if len(sizes) < fewest or not len(results) == len(grid) == len(sizes) * len(seeds):
         got = sorted((one.experiment.samples, one.experiment.seed) for one in results)
         accepted = "each of two sizes or more with each seed, once"
         raise ValueError(f"results: got runs of (samples, seed) {got}; accepted: {accepted}")
@@ -436,12 +408,7 @@ def over_runs(results: Sequence[Result]) -> Crossed:
     # [seeds, sizes] and [seeds, sizes, conversations]
     logs = np.log([[grid[size, seed].train_tokens for size in sizes] for seed in seeds])
     nats = [[[row["nats"] for row in rows[size, seed]] for size in sizes] for seed in seeds]
-    weights = logs - logs.mean(axis=1, keepdims=True)
-    weights /= (weights**2).sum(axis=1, keepdims=True)
-    slopes = (weights[:, :, None] * np.array(nats)).sum(axis=1)
-    alpha = crossed(slopes, np.array(tokens))
-    tail = results[0].experiment.validation == "tail"
-    return replace(alpha, conversations=0) if tail else alpha
+    return (weights(logs)[:, :, None] * np.array(nats)).sum(axis=1), np.array(tokens)
 
 
 def _scored(one: Result) -> list[dict[str, float]]:

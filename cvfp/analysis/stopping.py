@@ -11,17 +11,12 @@ from cvfp.result import Result
 
 
 def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
-    """The epoch that each patience would have chosen, from the curve of one run.
+    """The epoch that each patience would have chosen, from the curve of one run: patience changes
+    only where the run ends, so a run of enough epochs contains all shorter ones.
 
-    Patience changes only where the run ends, so a run of enough epochs contains all shorter ones.
-
-    Returns:
-        Indexed by patience: stopped (epochs run), best_epoch, val_ppl, val_acc. Where the run did
-        all its epochs, also "none, best kept" and "none, last kept".
-
-    Raises:
-        ValueError: the run itself stopped before one of the patiences would have.
-    """
+    Indexed by patience: stopped (epochs run), best_epoch, val_ppl, val_acc. Where the run did all
+    its epochs, also "none, best kept" and "none, last kept". Raises ValueError: the run itself
+    stopped before one of the patiences would have."""
     history = result.phase2_history
     rows: dict[int | str, tuple[float, ...]] = {}
     for patience in patiences:

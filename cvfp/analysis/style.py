@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable
+from importlib.resources import files
 from typing import Any
 
 import pandas as pd
@@ -11,6 +13,7 @@ from cvfp.analysis import intervals
 
 MISSING = "–"
 NO_INTERVAL = "needs two seeds"
+COLUMNS = tomllib.loads(files("cvfp.analysis").joinpath("tables.toml").read_text(encoding="utf-8"))
 
 
 def number(value: float | None, form: str, missing: str = MISSING) -> str:
@@ -26,8 +29,7 @@ def interval(low: float | None, high: float | None, form: str, missing: str = NO
 
 def mean(values: Iterable[float | None], form: str, scale: float = 1.0) -> str:
     """Mean of the values that are there, `scale` times."""
-    there = [value for value in values if value is not None]
-    return number(scale * sum(there) / len(there) if there else None, form)
+    return number(scale * pd.Series(list(values), dtype=float).mean(), form)
 
 
 def mean_interval(values: Iterable[float | None], digits: int, scale: float = 1.0) -> str:
@@ -40,19 +42,13 @@ def mean_interval(values: Iterable[float | None], digits: int, scale: float = 1.
     return f"{middle:.{digits}f}{half}"
 
 
-def columns(
-    frame: pd.DataFrame, shown: Mapping[str, tuple[str, str]], missing: str = MISSING
-) -> pd.DataFrame:
-    """A frame's figures as words, row by row.
-
-    Args:
-        shown: for every name on the page the frame's column and the format of its figures. Where
-            the name ends in "%" the column holds fractions.
-    """
+def columns(frame: pd.DataFrame, table: str, missing: str = MISSING) -> pd.DataFrame:
+    """A frame's figures as words, row by row, as `table` of tables.toml shows them."""
     words = {}
-    for name, (column, form) in shown.items():
-        figures = frame[column].astype(float) * (100 if name.endswith("%") else 1)
-        words[name] = [number(figure, form, missing) for figure in figures]
+    for name, (*of, form) in COLUMNS[table].items():
+        figures = frame[of].astype(float).mul(100 if name.endswith("%") else 1).to_numpy()
+        write: Callable[..., str] = number if len(of) == 1 else interval
+        words[name] = [write(*row, form, missing) for row in figures]
     return pd.DataFrame(words, index=frame.index)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
-from cvfp import registry
+from cvfp import contexts, metrics, phase1, registry, seeds, tuning
 from cvfp.analysis import comparison as compare
-from cvfp.analysis import intervals, prediction, published, scaling, stopping, style
+from cvfp.analysis import intervals, prediction, published, rules, scaling, stopping, style
 from cvfp.analysis.intervals import Crossed, Paired, paired
 from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
 from cvfp.controls import count_parameters
-from cvfp.gap import AS_LEFT, CAUSES, Gap
+from cvfp.gap import AS_LEFT, CAUSES, Gap, sweep
 from cvfp.model import ContextBlock, TokenBlock
 from cvfp.result import Result, Results
 
@@ -35,7 +36,6 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         for kind, parts in registry.PARTS.items()
         if (name := getattr(one, kind)) and not registry.is_built_in(parts.get(name))
     }
-    contended = ", times taken under contention" if n_jobs > 1 else ""
     facts = {
         "corpus": one.dataset,
         "conversations": f"{values(lambda r: r.experiment.samples)}, fitting {one.fitting_samples}",
@@ -56,7 +56,7 @@ def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
         "device": f"{first.device} ({first.device_name}), {first.threads} threads",
         "precision": first.precision,
         "seed": values(lambda result: result.experiment.seed),
-        "parallel jobs": f"{n_jobs}{contended}",
+        "parallel jobs": f"{n_jobs}{', times taken under contention' if n_jobs > 1 else ''}",
         "from the store": f"{sum(r.from_store for r in results)} of {len(results)} runs",
         **first.versions,
     }
@@ -72,37 +72,20 @@ def _warned(table: pd.DataFrame) -> pd.DataFrame:
     return table if any(table.warnings) else table.drop(columns="warnings")
 
 
+def _figures(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame as numbers: missing where a cell holds none."""
+    return frame.apply(pd.to_numeric, errors="coerce")
+
+
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per size (mean over seeds; the spread of PPL where there are several)."""
-    columns = {
-        "train_tokens": "tokens",
-        "val_ppl": "PPL",
-        "val_acc": "accuracy %",
-        "val_bpb": "bits/byte",
-        "train_er": "train ER %",
-        "val_er": "val ER %",
-        "phase1_iterations": "iterations",
-        "converged": "converged %",
-        "best_epoch": "best epoch",
-        "seconds": "seconds",
-        "unigram_ppl": "unigram",
-        "kneser_ney_ppl": "KN bigram",
-        "table_ppl": "table alone",
-        "trigram_ppl": "KN trigram",
-        "kneser_ney_both_ppl": "KN fit+train",
-        "trigram_both_ppl": "KN trigram fit+train",
-    }
-    stages = [c for c in frame.columns if str(c).startswith("seconds_")]
-    wide = frame.assign(seconds=frame[stages].sum(axis=1)).groupby("samples")
-    means = wide[list(columns)].mean(numeric_only=True).rename(columns=columns)
-    means = means.mul([100 if str(name).endswith("%") else 1 for name in means])
-    if len(frame.seed.unique()) > 1:
-        means.insert(2, "PPL s.d.", wide.val_ppl.std())
-        means.insert(0, "seeds", wide.seed.nunique())
-    means["warnings"] = wide.warnings.agg(_words)
-    digits = {"tokens": 0, "bits/byte": 3, "PPL s.d.": 2}
-    rounded = means.round({name: digits.get(str(name), 1) for name in means})
-    return _warned(rounded.astype({name: int for name in ("tokens", "seeds") if name in rounded}))
+    seconds = frame.filter(regex="^seconds_").sum(axis=1)
+    by_size = _figures(frame.assign(seconds=seconds)).groupby("samples")
+    table = style.columns(by_size.mean(), "runs")
+    if len(set(frame.seed)) > 1:
+        table.insert(2, "PPL s.d.", [style.number(x, "{:.2f}") for x in by_size.val_ppl.std()])
+        table.insert(0, "seeds", by_size.seed.nunique())
+    return _warned(table.assign(warnings=frame.groupby("samples").warnings.agg(_words)))
 
 
 def extrapolation(laws: dict[str, PowerLaw], largest: dict[str, float]) -> pd.DataFrame:
@@ -155,19 +138,13 @@ def beside(result: Result, note: pd.Series) -> pd.DataFrame:
         "accuracy (not comparable)": (f"{result.val_acc:.1%}", f"{note.val_acc:.1f}%"),
         **({"warnings": (words, "")} if (words := _words(result.warnings)) else {}),
     }
-    return _two(rows, "published, note 002")
-
-
-def _two(rows: dict[str, tuple[str, str]], published: str) -> pd.DataFrame:
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["measured here", published])
+    return pd.DataFrame(rows, index=["measured here", "published, note 002"]).T
 
 
 def published_parameter_counts() -> pd.DataFrame:
-    """The shapes of note 003 built and counted, in millions, beside what it prints.
-
-    Its ContextBlocks agree with these, and what it says that Phase 2 trains with these TokenBlocks;
-    the TokenBlocks that it prints are larger.
-    """
+    """The shapes of note 003 built and counted, in millions, beside what it prints: its
+    ContextBlocks agree, and what it says that Phase 2 trains agrees with these TokenBlocks; those
+    it prints are larger."""
     rows = {}
     for note in published.table("003_models").to_dict("records"):
         layers, width = note["num_layers"], note["context_dim"]
@@ -195,20 +172,13 @@ def agreement(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
         "relative error, mean": (f"{errors[0]:.1%}", f"{errors[1]:.1f}%"),
         "relative error, 95th percentile": (f"{here.relative_error_p95:.1%}", style.MISSING),
     }
-    return _two(rows, "published, note 000")
+    return pd.DataFrame(rows, index=["measured here", "published, note 000"]).T
 
 
 def positions(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
     """First, middle and last 100 tokens, measured beside note 000's table."""
-    return style.columns(
-        gap.positions.join(note.set_index("position").add_suffix("_note")),
-        {
-            "MSE": ("mse", "{:.4f}"),
-            "MSE, published": ("mse_note", "{:.4f}"),
-            "cosine": ("cosine_mean", "{:.4f}"),
-            "cosine, published": ("cosine_note", "{:.4f}"),
-        },
-    )
+    frame = gap.positions.join(note.set_index("position").add_suffix("_note"))
+    return style.columns(frame, "positions")
 
 
 def causes(gap: Gap) -> pd.DataFrame:
@@ -217,16 +187,8 @@ def causes(gap: Gap) -> pd.DataFrame:
     there = [name for name in names if name in gap.agreement.index]
     frame = gap.agreement.loc[there].rename(index=names)
     frame.loc["the causes, added", "mse"] = gap.added
-    return style.columns(
-        frame.assign(share=frame.mse / frame.mse[AS_LEFT]),
-        {
-            "MSE": ("mse", "{:.1e}"),
-            "share of the whole MSE": ("share", "{:.1%}"),
-            "cosine, mean": ("cosine_mean", "{:.5f}"),
-            "relative error": ("relative_error_mean", "{:.2%}"),
-        },
-        missing="",
-    )
+    shares = frame.assign(share=frame.mse / frame.mse[AS_LEFT])
+    return style.columns(shares, "causes", missing="")
 
 
 def gap_ran_on(gap: Gap) -> pd.DataFrame:
@@ -251,18 +213,49 @@ def gap_ran_on(gap: Gap) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
+def diversity(gap: Gap) -> pd.DataFrame:
+    """What the published diversity term says of contexts beside what they are, in float64 over the
+    first loss group: before and after Phase 1; without gain, shift and ε of the LayerNorm that
+    makes them (not of an own block); of rank 1 and of full rank."""
+    exp, width = gap.experiment, gap.block.context_dim
+    piece = gap.inputs.first(min(exp.loss_group, gap.tokens))
+    piece.table, size = piece.table.double(), len(piece)
+    trained, fresh = (copy.deepcopy(gap.block).double() for _ in range(2))
+    fresh.initialise(seeds.generator(exp.seed, "context_block"))
+    draws = seeds.generator(exp.seed, "gap", exp.device)
+    normal = piece.table.new_empty(size, width).normal_(generator=draws)
+    first, exact = phase1.INITIAL_STD * normal, contexts.evaluate(trained, piece).values
+    sets = {
+        "first iterate": sweep(fresh, piece, first, noise=exp.phase1_noise, generator=draws),
+        "exact, untrained": contexts.evaluate(fresh, piece).values,
+        "exact, trained": exact,
+    }
+    if isinstance(trained, ContextBlock):
+        trained.norms[-1].reset_parameters()
+        trained.norms[-1].eps = 0.0
+        sets["… without gain, shift, ε"] = sweep(trained, piece, exact)
+    normed = torch.nn.functional.layer_norm(normal, (width,), eps=0.0)
+    signs = torch.arange(size).to(normal)[:, None] % 2 * 2 - 1
+    sets |= {"+u and −u in turn": signs * normed[:1], "random directions": normed}
+    rows = {}
+    for name, c in sets.items():
+        mean = float(c.mean(dim=0).square().sum())
+        term = float(torch.linalg.vector_norm(c - c.mean(dim=0))) / size
+        by_mean = ((width - mean) / size) ** 0.5
+        rows[name] = {
+            "effective rank": f"{metrics.effective_rank(metrics.singular_values(c)) / width:.1%}",
+            "‖c‖² / D": f"{float(c.square().sum()) / size / width:.6f}",
+            "‖mean‖² / D": f"{mean / width:.4f}",
+            "diversity term": f"{term:.5f}",
+            "from the mean alone": f"{by_mean:.5f}",
+            "off by": f"{abs(by_mean / term - 1):.0e}",
+        }
+    return style.rows(rows, "contexts")
+
+
 def times(frame: pd.DataFrame) -> pd.DataFrame:
     """Seconds of the three ways to contexts, and what blocks gain over the loop."""
-    table = style.columns(
-        frame.assign(gain=frame.sequential / frame.blocks),
-        {
-            "step by step, s": ("sequential", "{:.3f}"),
-            "blocks, s": ("blocks", "{:.3f}"),
-            "shifted pass, s": ("shifted", "{:.3f}"),
-            "loop / blocks": ("gain", "{:.0f}x"),
-            "largest relative difference": ("difference", "{:.0e}"),
-        },
-    )
+    table = style.columns(frame.assign(gain=frame.sequential / frame.blocks), "times")
     return table.set_index(frame.tokens.map("{:,.0f}".format).rename("tokens"))
 
 
@@ -312,25 +305,15 @@ def contrast(
 
 def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
     """Parameters, cost and outcome of each shape at each size (means over seeds)."""
-    rows = {}
-    for name, results in kinds.items():
-        for size, runs in _sizes(results).items():
-            counts = runs[0].parameters
-            rows[name, size] = {
-                "ContextBlock": f"{counts['context_block']:,}",
-                "TokenBlock": f"{counts['token_block']:,}",
-                "PPL": style.mean([r.val_ppl for r in runs], "{:.1f}"),
-                "accuracy %": style.mean([r.val_acc for r in runs], "{:.1f}", 100),
-                "ER %": style.mean([r.val_er for r in runs], "{:.1f}", 100),
-                "iterations": style.mean([r.phase1_iterations for r in runs], "{:.0f}"),
-                "converged %": style.mean([r.converged for r in runs], "{:.1f}", 100),
-                "memory, tokens": style.mean([r.memory_length for r in runs], "{:.0f}"),
-                "best epoch": style.mean([r.best_epoch for r in runs], "{:.1f}"),
-                "Phase 1, s": style.mean([r.seconds["phase1"] for r in runs], "{:.1f}"),
-                "Phase 2, s": style.mean([r.seconds.get("phase2") for r in runs], "{:.1f}"),
-                "warnings": _words(w for r in runs for w in r.warnings),
-            }
-    return _warned(style.rows(rows, ["shape", "conversations"]))
+    frame = pd.DataFrame(
+        {"shape": name, "seconds_phase2": None, **one.parameters, **one.row()}
+        for name, results in kinds.items()
+        for runs in _sizes(results).values()
+        for one in runs
+    )
+    by = [frame["shape"], frame.samples.rename("conversations")]
+    table = style.columns(_figures(frame).groupby(by, sort=False).mean(), "shapes")
+    return _warned(table.assign(warnings=frame.warnings.groupby(by, sort=False).agg(_words)))
 
 
 def alpha(law: Crossed) -> pd.DataFrame:
@@ -361,45 +344,27 @@ def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.D
             "last epoch": style.mean(over, "{:+.1%}"),
             "warnings": _words(w for r in runs for w in r.warnings),
         }
-    for row in note.to_dict("records"):
-        rise = f"{row['epoch4_val_ppl'] / row['epoch2_val_ppl'] - 1:+.1%}"
-        rows[f"published, {row['experiment']} at {row['samples']}, lr 0.002"] = {
-            "best epoch": f"{row['best_epoch']}",
-            "PPL there": f"{row['epoch2_val_ppl']:.1f}",
-            "two epochs later": rise,
-            "last epoch": rise,
-            "warnings": "",
-        }
-    return _warned(style.rows(rows))
+    table = style.rows(rows)
+    for one in note.to_dict("records"):
+        rise = f"{one['epoch4_val_ppl'] / one['epoch2_val_ppl'] - 1:+.1%}"
+        figures = [f"{one['best_epoch']}", f"{one['epoch2_val_ppl']:.1f}", rise, rise, ""]
+        table.loc[f"published, {one['experiment']} at {one['samples']}, lr 0.002"] = figures
+    return _warned(table)
 
 
 def patience(results: Sequence[Result], patiences: Sequence[int]) -> pd.DataFrame:
     """Which epoch each patience would have chosen in the same runs: means over seeds, and the
-    change of perplexity against the first patience with its interval.
-
-    Args:
-        results: runs of one size, one a seed, that stopped at no epoch but the last.
-    """
+    change of perplexity against the first patience with its interval. The runs are of one size, one
+    a seed, and stopped at no epoch but the last."""
     replays = [stopping.replay(result, patiences) for result in results]
-    first = patiences[0]
-    rows = {}
-    for name in replays[0].index:
-        chosen = [one.loc[name] for one in replays]
-        changes = [one.val_ppl[name] / one.val_ppl[first] - 1 for one in replays]
-        change, low, high = intervals.mean(changes)
-        against = (f"{change:+.1%}", style.interval(low, high, "{:+.1%}"))
-        if name == first:
-            against = style.MISSING, style.MISSING
-        rows[name] = {
-            "epochs run": style.mean([row.stopped for row in chosen], "{:.1f}"),
-            "epoch chosen": style.mean([row.best_epoch for row in chosen], "{:.1f}"),
-            "PPL": style.mean([row.val_ppl for row in chosen], "{:.1f}"),
-            "accuracy %": style.mean([row.val_acc for row in chosen], "{:.2f}", 100),
-            f"change of PPL against {first}": against[0],
-            "95 % interval": against[1],
-            "warnings": _words(w for r in results for w in r.warnings),
-        }
-    return _warned(style.rows(rows, "patience"))
+    first, ppl = patiences[0], pd.DataFrame([one.val_ppl for one in replays])
+    means = pd.concat(replays).groupby("patience", sort=False).mean()
+    table = style.columns(means, "patience")
+    changes = [intervals.mean(list(ppl[name] / ppl[first] - 1)) for name in ppl]
+    against = [(f"{one:+.1%}", style.interval(a, b, "{:+.1%}")) for one, a, b in changes]
+    against[0] = style.MISSING, style.MISSING
+    table[f"change of PPL against {first}"], table["95 % interval"] = zip(*against, strict=True)
+    return _warned(table.assign(warnings=_words(w for r in results for w in r.warnings)))
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
@@ -438,19 +403,23 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
     return style.rows(rows).fillna(style.MISSING)
 
 
-def windows(tokens: ArrayLike, ppl: ArrayLike, note: pd.DataFrame) -> pd.DataFrame:
-    """α over windows of sizes, measured and of note 004's version v3."""
-    both = {
-        "measured here": scaling.windows(tokens, ppl),
-        "published, note 004": scaling.windows(note.tokens, note.val_ppl),
-    }
-    table = pd.concat(both, names=[""]).droplevel(1)
-    rows = {
-        "tokens": map("{:,.0f} … {:,.0f}".format, table.tokens_low, table.tokens_high),
-        "α": table.alpha.map("{:.3f}".format),
-        "95 % interval": map("{:.3f} … {:.3f}".format, table.alpha_low, table.alpha_high),
-    }
-    return pd.DataFrame(rows, index=table.index)
+def windows(frame: pd.DataFrame, note: pd.DataFrame) -> pd.DataFrame:
+    """α over windows of sizes, ER (mean) and PPL in each: measured by depth, and note 004's v3."""
+    v3 = note.assign(train_tokens=note.tokens, val_er=note.val_er / 100)
+    kinds = {f"measured, {layers} L": runs for layers, runs in frame.groupby("num_layers")}
+    rows = []
+    for name, runs in (kinds | {"published, note 004": v3}).items():
+        for one in scaling.windows(runs.train_tokens, runs.val_ppl).to_dict("records"):
+            within = runs[runs.train_tokens.between(one["tokens_low"], one["tokens_high"])]
+            ends = {"ppl_high": within.val_ppl.max(), "ppl_low": within.val_ppl.min()}
+            rows.append(one | ends | {"": name, "val_er": within.val_er.mean()})
+    return style.columns(pd.DataFrame(rows).set_index(""), "windows")
+
+
+def judged(results: Sequence[Result]) -> pd.DataFrame:
+    """`rules.judge` for each configuration, over its sizes and seeds."""
+    rows = [{"": prediction.label(r.experiment.to_dict()), **rules.judge(r)} for r in results]
+    return pd.DataFrame(rows).groupby("", sort=False).agg(_words)
 
 
 def configurations(frame: pd.DataFrame) -> pd.DataFrame:
@@ -459,54 +428,21 @@ def configurations(frame: pd.DataFrame) -> pd.DataFrame:
     ended = frame.groupby(fields)[["converged", "train_er", "memory_length"]].mean()
     ended["warnings"] = frame.groupby(fields).warnings.agg(_words)
     table = prediction.by_configuration(frame).join(ended, on=fields)
-    words = style.columns(
-        table,
-        {
-            "α": ("alpha", "{:.3f}"),
-            "its error": ("alpha_error", "{:.3f}"),
-            "val ER %": ("val_er", "{:.1f}"),
-            "train ER %": ("train_er", "{:.1f}"),
-            "PPL": ("val_ppl", "{:.1f}"),
-            "iterations": ("phase1_iterations", "{:.0f}"),
-            "converged %": ("converged", "{:.1f}"),
-            "memory, tokens": ("memory_length", "{:.0f}"),
-        },
-    )
-    return _warned(words.assign(warnings=table.warnings))
+    return _warned(style.columns(table, "configurations").assign(warnings=table.warnings))
 
 
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     """`prediction.predictors` for reading: the errors in percent."""
     table = prediction.predictors(frame)
-    words = style.columns(
-        table,
-        {
-            "α": ("alpha", "{:.3f}"),
-            "β, per point of ER": ("beta", "{:+.4f}"),
-            "error, runs fitted": ("error", "{:.1%}"),
-            "error, configuration left out": ("left_out_error", "{:.1%}"),
-            "worst run": ("left_out_worst", "{:.1%}"),
-        },
-    )
+    words = style.columns(table, "predictors")
     words.insert(0, "fitted", table.fitted.astype(int))
     return words
 
 
 def scores(table: pd.DataFrame) -> pd.DataFrame:
     """`rules.score` for reading."""
-    words = style.columns(
-        table,
-        {
-            "right": ("hit_rate", "{:.0%}"),
-            "by chance": ("base_rate", "{:.0%}"),
-            "excess": ("excess", "{:+.0%}"),
-            "p": ("p", "{:.3f}"),
-        },
-    )
+    words = style.columns(table, "scores")
     words.insert(0, "calls", table.called)
-    ends = zip(table.low, table.high, strict=True)
-    spans = [style.interval(low, high, "{:+.0%}", style.MISSING) for low, high in ends]
-    words.insert(4, "95 % interval", spans)
     return words.assign(remark=table.remark).set_index(table.rule)
 
 
@@ -516,8 +452,7 @@ def comparison(groups: compare.Groups) -> pd.DataFrame:
     rows = {}
     for size in compare.sizes(groups):
         changes = compare.against(groups, size)
-        for kind, results in groups.items():
-            runs = compare.at(results, size)
+        for kind, runs in compare.of_size(groups, size).items():
             change, within = _change(changes.get(kind))
             rows[size, kind] = {
                 "PPL": style.mean_interval([r.val_ppl for r in runs], 1),
@@ -537,27 +472,25 @@ def counted(results: Sequence[Result]) -> pd.DataFrame:
     """Perplexity of the models that only count, at every size (bits per byte beside it)."""
     rows = {}
     for size, runs in _sizes(results).items():
-        lines = runs[0].baselines
         rows[size] = {
-            name: style.MISSING
-            if (line := lines[key]) is None
-            else "{ppl:.1f} ({bpb:.3f})".format(**line)
+            name: "{ppl:.1f} ({bpb:.3f})".format(**line) if line else style.MISSING
             for key, name in compare.COUNTED.items()
+            for line in [runs[0].baselines[key]]
         }
     return style.rows(rows, "conversations")
 
 
-def grid(tuned: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
-    """Perplexity of each kind at each learning rate tried; the best is marked."""
+def choices(choices: tuning.Choices, sizes: Sequence[int]) -> pd.DataFrame:
+    """What each kind of run chose on the development conversations, from how many trials."""
     rows = {}
-    for kind, runs in tuned.items():
-        best = compare.best_rate(runs)
-        rates = [one.experiment.phase2_learning_rate for one in runs]
-        rows[kind] = {
-            f"{rate:g}": style.number(one.val_ppl, "{:.1f} ←" if rate == best else "{:.1f}")
-            for rate, one in zip(rates, runs, strict=True)
-        }
-        ends = (min(rates), max(rates))
-        rows[kind]["remark"] = "best at the end of the grid" if best in ends else ""
-        rows[kind]["warnings"] = _words(w for r in runs for w in r.warnings)
-    return _warned(style.rows(rows, "learning rate"))
+    for kind, by_size in choices.items():
+        for size in (one for one in map(str, sizes) if one in by_size):
+            row = by_size[size]
+            chosen = [f"{name} {value:g}" for name, value in row["choice"].items()]
+            rows[int(size), kind] = {
+                "trials": len(row["trials"]),
+                "PPL, development": f"{row['dev_ppl']:.1f}",
+                "choice": ", ".join(chosen),
+                "remark": "" if row["inside"] else "a neighbour was not tried, or there is none",
+            }
+    return style.rows(rows, ["conversations", "kind"])

@@ -24,6 +24,7 @@ from cvfp.ops.precision import autocast as autocast
 from cvfp.ops.precision import bfloat16_gain as bfloat16_gain
 from cvfp.ops.precision import full_precision as full_precision
 from cvfp.ops.precision import processor as processor
+from cvfp.ops.precision import product_rate as product_rate
 
 MODES = ("auto", "plain")
 _mode: ContextVar[str] = ContextVar("ops", default="auto")
@@ -120,9 +121,11 @@ def recorded(step: Callable[..., Tensor], steps: int) -> Callable[..., Tensor]:
     return graph.Recorded(step) if steps >= graph.WORTH_RECORDING else step
 
 
-def optimiser(parameters: Sequence[Tensor], lr: float) -> Any:
-    """Adam with torch's defaults: `zero_grad()` and `step()`."""
-    return torch.optim.Adam(parameters, lr=lr) if _mode.get() == "plain" else Adam(parameters, lr)
+def optimiser(parameters: Sequence[Tensor], lr: float, decay: float = 0.0) -> Any:
+    """Adam with torch's defaults: `zero_grad()`, `step()`; with `decay`, AdamW."""
+    if _mode.get() == "plain":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    return Adam(parameters, lr, decay)
 
 
 def context_rows(total: int, width: int, precision: str, like: Tensor) -> Tensor:

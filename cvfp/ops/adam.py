@@ -1,4 +1,4 @@
-"""Adam as torch computes it, without the class: its constructor imports torch's compiler (2 s)."""
+"""AdamW as torch computes it, without the class: its constructor imports torch's compiler (2 s)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) with torch's defaults: betas 0.9 and 0.999, eps 1e-8.
+    """Adam (Kingma and Ba 2015) with torch's defaults: betas 0.9 and 0.999, eps 1e-8; with `decay`
+    AdamW (Loshchilov and Hutter 2019), which first takes lr · decay off each weight.
 
     One kernel for all parameters, and one step counter on their device, so that a CUDA graph can
     record it. A parameter without a gradient is left as it is.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
-        self.parameters, self.lr = list(parameters), lr
+    def __init__(self, parameters: Iterable[Tensor], lr: float, decay: float = 0.0) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.param_groups = [{"lr": lr}]  # where torch has it
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
         self.count = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
@@ -35,17 +37,17 @@ class Adam:
             return
         self.count += 1
         parameters, gradients, means, squares = map(list, zip(*moved, strict=True))
-        torch.ops.aten._fused_adam_(
+        torch.ops.aten._fused_adamw_(
             parameters,
             gradients,
             means,
             squares,
             [],
             [self.count] * len(moved),
-            lr=self.lr,
+            lr=self.param_groups[0]["lr"],
             beta1=0.9,
             beta2=0.999,
-            weight_decay=0.0,
+            weight_decay=self.decay,
             eps=1e-8,
             amsgrad=False,
             maximize=False,

@@ -19,11 +19,7 @@ def tables() -> list[str]:
 
 
 def table(name: str) -> pd.DataFrame:
-    """One published table.
-
-    Raises:
-        KeyError: no table of that name.
-    """
+    """One published table; raises KeyError: no table of that name."""
     if name not in tables():
         raise KeyError(f"name: got {name!r}; accepted: one of {', '.join(tables())}")
     with files(__name__).joinpath(f"{name}.csv").open(encoding="utf-8") as file:

@@ -1,0 +1,166 @@
+"""What README.md and reports/README.md show of the measurements, written from JSON, never typed.
+
+Between `<!-- measured: NAME -->` and `<!-- end -->` stands what the function that `BLOCKS` has by
+that name makes of the files in reports/; `python dodo.py readme` writes it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from benchmarks.report import STAGES, short, table
+from cvfp import cache
+from cvfp.analysis import claims, ledger
+from cvfp.tuning import CVFP, KINDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "reports/README.md")
+MARKED = re.compile(r"(<!-- measured: (\S+) -->)\n(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def verdicts(reports: Path) -> str:
+    """How many of the claims' parts were measured in each setting, and the verdicts by claim."""
+    judged = claims.corrected(ledger.load(reports / "claims.json"))
+    lines = []
+    for setting in claims.SETTINGS:
+        here = [one for one in judged if one.setting == setting]
+        ids = {v: [one.id for one in here if one.direction == v] for v in get_args(claims.Verdict)}
+        free = sum(one.of.cannot_fail and one.direction == "agrees" for one in here)
+        against = f" ({', '.join(ids['contradicts'])})" if ids["contradicts"] else ""
+        printed = [one.magnitude for one in here if one.magnitude]
+        line = (
+            f"- `{setting}`, {len(here)} parts of {len({one.id for one in here})} claims: the "
+            f"direction agrees in **{len(ids['agrees'])}** ({free} of them could not fail), "
+            f"contradicts in **{len(ids['contradicts'])}**{against}, is inconclusive in "
+            f"**{len(ids['inconclusive'])}**; of {len(printed)} numbers that the notes print "
+            f"{printed.count('agrees')} in the interval measured."
+        )
+        lines.append(line if here else f"- `{setting}`: nothing measured yet.")
+    return "\n".join(lines)
+
+
+def speed(reports: Path) -> str:
+    """Seconds of the stages at the notes' size on a GPU, and of the same formulas as they read."""
+    found = json.loads((reports / "performance" / "h100.json").read_text(encoding="utf-8"))
+    stages, on, run = found["stages"], found["machine"], found["run"]
+    details = {
+        "phase1": f"{stages['phase1']['iterations']['auto'] - 1} iterations",
+        "contexts": f"exact, {stages['contexts']['tokens']:,} tokens",
+        "phase2": f"{stages['phase2']['epochs']['auto']} epochs",
+    }
+    rows = [["stage", "auto", "plain", "ratio"]]
+    for name, (title, _) in STAGES.items():
+        medians = [
+            f"{short(stages[name]['seconds'][form]['median'])} s" for form in ("auto", "plain")
+        ]
+        ratio = f"{stages[name]['ratio']['median']:.3g}"
+        rows.append([f"{title} ({details[name]})", *medians, ratio])
+    rows.append(
+        ["whole run, warm, stored and measured", f"{short(run['seconds']['median'])} s", "", ""]
+    )
+    ppl = stages["phase2"]["val_ppl"]
+    return (
+        f"{run['train_tokens']:,} training tokens on one {on['device']} in {found['precision']}, "
+        f"{on['date']}; medians of {stages['phase1']['seconds']['auto']['turns']} turns with the "
+        f'method as it reads (`ops="plain"`) in the same process.\n\n{table(rows)}\n\n'
+        f"Perplexity {ppl['auto']:.1f}, plain {ppl['plain']:.1f}. Plain contexts are computed "
+        "token by token."
+    )
+
+
+def controls(setting: str, reports: Path) -> str:
+    """A setting's controls, a row a kind and a column a size, from controls_SETTING.json, which
+    notebook 06 writes: `setting`, `device`, perhaps `date`; `rows` of samples, kind and ppl, where
+    it was trained seeds and tokens, and where it is compared change, low, high: of the change
+    against CVFP as published, fractions."""
+    found = json.loads((reports / f"controls_{setting}.json").read_text(encoding="utf-8"))
+    cells = {(row["kind"], row["samples"]): row for row in found["rows"]}
+    sizes = sorted({size for _, size in cells})
+    there = dict.fromkeys(kind for kind, _ in cells)
+    kinds = [*(kind for kind in KINDS if kind in there), *(k for k in there if k not in KINDS)]
+    base = [cells[CVFP, size] for size in sizes]
+    words = "{samples:,} conversations, {tokens:,} tokens, {seeds} seeds"
+    rows = [["", *(words.format(**one) for one in base)]]
+    for kind in kinds:
+        rows.append([kind, *(_change(cells.get((kind, one["samples"])), one) for one in base)])
+    on = ", ".join(filter(None, [f"`{found['setting']}`", found["device"], found.get("date")]))
+    return (
+        f"Perplexity, mean of the seeds, and its change against *{CVFP}* with the 95 % interval. "
+        f"{on}.\n\n{table(rows)}"
+    )
+
+
+def _change(row: Mapping[str, Any] | None, base: Mapping[str, Any]) -> str:
+    """A cell of the controls: "133.8, +3.7 % (+2.7 to +4.7)"; with its seeds if not the base's."""
+    if row is None or row["ppl"] is None:
+        return "–"
+    said = f"{row['ppl']:.1f}"
+    change, low, high = (row.get(part) for part in ("change", "low", "high"))
+    if change is not None:
+        said += f", {100 * change:+.1f} %"
+    if low is not None and high is not None:
+        said += f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    if row.get("seeds") not in (None, base["seeds"]):
+        said += f", {row['seeds']} seeds"
+    return said.replace("-", "−")
+
+
+def study(reports: Path) -> str:
+    """The reports of study.toml, and what each was made on; `make study-status` says which the code
+    has left behind."""
+    listed = tomllib.loads((reports / "study.toml").read_text(encoding="utf-8"))
+    path = reports / "study.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = [["report", "setting", "made", "commit", "on", "took"]]
+    for name, one in listed.items():
+        made, entry = ["not run", "", f"needs {one['needs']}" if "needs" in one else "", ""], None
+        if entry := known.get(name):
+            took = f"{entry['seconds'] / 60:.1f} min"
+            made = [entry["date"], entry["commit"] or "–", entry["device"] or "–", took]
+        title = f"[{name}]({name}.ipynb)" if entry else name
+        rows.append([title, one["setting"], *made])
+    return table(rows)
+
+
+BLOCKS: Mapping[str, Callable[[Path], str]] = {
+    "claims": verdicts,
+    "speed": speed,
+    "study": study,
+    "controls_mini": functools.partial(controls, "mini"),
+    "controls_published_size": functools.partial(controls, "published_size"),
+}
+
+
+def filled(page: str, reports: Path) -> str:
+    """The page with every marked block as its files give it now.
+
+    Raises:
+        ValueError: a marker that names no block, or has no end.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        start, name, body, end = found.groups()
+        if name not in BLOCKS or "<!-- measured:" in body:
+            raise ValueError(
+                f"<!-- measured: {name} -->: accepted: {', '.join(BLOCKS)}, and an end"
+            )
+        return f"{start}\n\n{BLOCKS[name](reports)}\n\n{end}"
+
+    text, count = MARKED.subn(block, page)
+    if count != page.count("<!-- measured:"):
+        raise ValueError("<!-- measured: …: got one that is not followed by <!-- end -->")
+    return text
+
+
+def write(root: Path = ROOT) -> None:
+    """Write the blocks of all pages anew."""
+    for name in PAGES:
+        page = (root / name).read_text(encoding="utf-8")
+        with cache.whole(root / name) as temporary:
+            temporary.write_text(filled(page, root / "reports"), encoding="utf-8")
