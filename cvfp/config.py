@@ -221,8 +221,8 @@ class Experiment:
             raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
         if self.model == "transformer" and (n := self.num_input_tokens) > 1:
             raise ParameterError("num_input_tokens", n, "1 for model 'transformer'")
-        lags = self.objective_lags.split(",")
-        if not all(lag.strip().isdecimal() for lag in lags) or len(set(lags)) < len(lags):
+        lags = [lag.strip() for lag in self.objective_lags.split(",")]
+        if not all(lag.isdecimal() for lag in lags) or len(set(lags)) < len(lags):
             raise ParameterError("objective_lags", self.objective_lags, "different ones, as 0,1,2")
         for kind in registry.PARTS:
             if (name := getattr(self, kind)) is not None:

@@ -165,7 +165,8 @@ class Dropped(TokenInputs):
     share = 0.0
 
     def embed(self, windows: Tensor) -> Tensor:
-        return F.dropout(super().embed(windows), self.share)
+        embedded = super().embed(windows)
+        return F.dropout(embedded, self.share) if self.share else embedded
 
 
 def unrolled(model: CVFP) -> Reader:

@@ -113,7 +113,9 @@ def _run(
         return Result.from_dict({**record, "experiment": experiment.to_dict(), "from_store": True})
 
     vocab, dim = table.weight.shape
-    expected = estimate.seconds(experiment, vocab, dim, len(data.train))
+    # Measures this machine for a moment: only where somebody is told.
+    told = progress.mode() != "none"
+    expected = estimate.seconds(experiment, vocab, dim, len(data.train)) if told else 0.0
     if expected > SAID:
         progress.tell(f"Training takes about {expected / 60:,.0f} minutes, or less")
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)

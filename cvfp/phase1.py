@@ -72,7 +72,7 @@ def train(
     # A pass: as many whole groups as fit the device at once, with what each layer keeps of them.
     passes = ops.group_slices(total, size, width, len(block.widths), device)
     by_group = experiment.phase1_step == "group"
-    if by_group:
+    if by_group or experiment.phase1_fresh:  # else what a group reads depended on the device
         passes = [slice(start, min(start + size, total)) for start in range(0, total, size)]
     contexts = ops.context_rows(total, width, experiment.precision, inputs.table)
     for part in passes:

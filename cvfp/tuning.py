@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +75,12 @@ def finished(file: Path, base: Experiment, choices: Choices, sizes: Sequence[int
     groups: Groups = {}
     for kind in KINDS:
         chose = {row["seed"] for row in choices.get(KINDS[kind].like or kind, {}).values()}
-        for size in dict.fromkeys(sizes):
-            with suppress(ParameterError):  # chosen for no size
-                chosen = choice(choices, kind, size)
-                one = experiment(base.replace(samples=size), kind, **chosen)
-                found = [r for r in there if _is(r.experiment, one)]
-                found = [r for r in found if r.experiment.seed not in chose]
-                groups[kind] = groups.get(kind, []) + found
+        for size in dict.fromkeys(sizes) if chose else ():
+            chosen = choice(choices, kind, size)
+            one = experiment(base.replace(samples=size), kind, **chosen)
+            found = [r for r in there if _is(r.experiment, one)]
+            found = [r for r in found if r.experiment.seed not in chose]
+            groups[kind] = groups.get(kind, []) + found
     return {kind: runs for kind, runs in groups.items() if runs}
 
 

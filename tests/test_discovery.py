@@ -16,6 +16,7 @@ from torch import Tensor
 import cvfp
 from cvfp import Experiment, ParameterError, objectives, ops, phase1, registry
 from cvfp.inputs import TokenInputs
+from cvfp.ops import placement
 
 GROUP, TOTAL, WIDTH, TABLE = 32, 110, 8, 6
 
@@ -198,7 +199,7 @@ def test_a_stopped_run_by_groups_ends_with_the_same_numbers(home: Path) -> None:
     assert again.val_ppl == whole.val_ppl
 
 
-@pytest.mark.parametrize("lags", ["", "0,0", "-1", "a", "0;1"])
+@pytest.mark.parametrize("lags", ["", "0,0", "0, 0", "-1", "a", "0;1"])
 def test_lags_that_cannot_be_are_refused(lags: str) -> None:
     with pytest.raises(ParameterError, match="objective_lags"):
         Experiment(objective_lags=lags)
@@ -207,3 +208,22 @@ def test_lags_that_cannot_be_are_refused(lags: str) -> None:
 def test_lags_matter_to_the_key_only_where_they_are_said() -> None:
     assert "objective_lags" not in Experiment().key_fields("phase1")
     assert Experiment(objective_lags="0").key_fields("phase1")["objective_lags"] == "0"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_a_group_reads_does_not_depend_on_the_size_of_a_pass(
+    fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for at_once in (1, 3):
+        monkeypatch.setattr(
+            ops,
+            "group_slices",
+            lambda total, group, *_, n=at_once: placement.slices(total, group, n),
+        )
+        model = make_model().double()
+        one = Experiment(**SMALL, loss_group=GROUP, phase1_fresh=fresh, phase1_max_iterations=4)
+        inputs = model.context_inputs(make_tokens(TOTAL))
+        generator = torch.Generator().manual_seed(5)
+        made.append(phase1.train(model.context_block, inputs, one, generator).contexts)
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-9)

@@ -158,9 +158,13 @@ def test_a_reader_is_told_of_long_training_alone(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(cvfp.experiment.progress, "tell", told.append)
+    monkeypatch.setenv("CVFP_PROGRESS", "lines")
     for expected, words in ((119, []), (601, ["Training takes about 10 minutes, or less"])):
         monkeypatch.setattr(estimate, "seconds", lambda *given, expected=expected: expected)
         cvfp.run(tiny.replace(contexts="zero", phase2_epochs=1), reuse=False)
         assert told == words
     cvfp.run(tiny.replace(contexts="zero", phase2_epochs=1))  # from the store: nothing is trained
     assert len(told) == 1
+    monkeypatch.setenv("CVFP_PROGRESS", "none")  # nor is this machine measured for nobody
+    monkeypatch.delattr(estimate, "seconds")
+    cvfp.run(tiny.replace(contexts="zero", phase2_epochs=1), reuse=False)
