@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cvfp
-from cvfp import Experiment, ParameterError, __main__, cache, packs, store
+from cvfp import Experiment, ParameterError, __main__, cache, packs, store, tuning
 
 
 @pytest.fixture
@@ -152,3 +152,21 @@ def test_a_record_that_is_no_run_is_refused_whatever_its_checksum(
     assert packs.unpack(tmp_path / "forged.zip") == (0, 1)
     assert packs.results(tmp_path / "forged.zip") == []
     assert packs.results(file) == [result]
+
+
+def test_finished_runs_are_those_of_the_choice_but_for_the_seed_that_chose(
+    home: Path, tmp_path: Path, tiny: Experiment
+) -> None:
+    kind = tuning.ZERO.format(2)
+    base = tiny.replace(selection="development", development_samples=2, seed=7)
+    names = {"phase2_learning_rate": 0.002, "token_block_std": 0.05, "weight_decay": 0.0}
+    row = {"choice": {**names, "samples": 2}, "seed": 8}  # a file's own seed, not base's
+    choices = {kind: {str(tiny.samples): row}}
+    chosen = tuning.experiment(base, kind, **names)
+    runs = cvfp.sweep(chosen, seed=[1, 2, 8])
+    cvfp.run(chosen.replace(phase2_learning_rate=0.001))  # another
+    packs.pack(tmp_path / "runs.zip")
+    sizes = [tiny.samples, tiny.samples]
+    found = tuning.finished(tmp_path / "runs.zip", base, choices, sizes)
+    assert list(found) == [kind]
+    assert sorted(one.key for one in found[kind]) == sorted(one.key for one in runs[:2])
