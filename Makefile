@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Executed by test-full, not by test.
-LONG := $(wildcard notebooks/0[456]_*.ipynb)
+LONG := $(wildcard notebooks/0[4569]_*.ipynb)
 # Modules and notebooks stay whole, so that their fixtures and kernels are made once.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # In their order: later ones take from the store what earlier ones ran.
@@ -20,16 +20,18 @@ stage = @echo "== $(1)"; TIMEFORMAT="== $(1): %1lR"; time $(2)
 # What `make study` takes; doit's tasks read them.
 export ONLY CONFIRM JOBS HUB
 
-.PHONY: help install study study-status scaling claims reliability test test-full lint notebooks lab clean
+.PHONY: help install study study-status report scaling claims reliability test test-full test-browser lint notebooks lab clean
 
 help:
 	@echo "make study      the reports that are out of date (ONLY=name,name JOBS=1 HUB=1; CONFIRM=1: short runs instead)"
 	@echo "make study-status  how each report stands"
+	@echo "make report     reports/index.html: all of it as pages to read (ONE=1: one file to send, reports/cvfp.html)"
 	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
 	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
 	@echo "make reliability  inject faults, and write what came of it into reports/"
 	@echo "make test       lint, types, tests, notebooks; without what takes long (WORKERS=2)"
 	@echo "make test-full  the tests and notebooks that make test leaves out"
+	@echo "make test-browser  JupyterLab in Chromium, which must be installed"
 	@echo "make notebooks  execute notebooks/ anew at their defaults"
 	@echo "make lab        open JupyterLab"
 
@@ -48,6 +50,9 @@ study: install
 study-status: install
 	@$(BIN)/python dodo.py status
 
+report: install
+	$(BIN)/python -m benchmarks.pages $(if $(ONE),--one)
+
 scaling: install
 	mkdir -p reports
 	$(BIN)/papermill notebooks/03_scaling.ipynb $(REPORT).ipynb -p samples $(SAMPLES) -p seeds $(SEEDS)
@@ -60,7 +65,7 @@ claims: install
 FAULTS := $(addprefix tests/test_,kept.py checkpoint.py hostile.py)
 
 # Tensors here are too small for a second thread: a worker a core, one thread a worker.
-lint test test-full reliability: export OMP_NUM_THREADS := 1
+lint test test-full test-browser reliability: export OMP_NUM_THREADS := 1
 
 reliability: install
 	$(PYTEST) -q $(FAULTS) --reliability reports/reliability.md
@@ -71,15 +76,19 @@ lint: install
 	$(call stage,types,$(BIN)/mypy)
 
 test: lint
-	$(call stage,tests,$(PYTEST) -m "not full")
+	$(call stage,tests,$(PYTEST) -m "not full and not browser")
 	$(call stage,notebooks,$(NBVAL) $(filter-out $(LONG),$(NOTEBOOKS)))
 
 test-full: install
 	$(call stage,long tests,$(PYTEST) -m full)
 	$(call stage,long notebooks,$(NBVAL) $(LONG))
 
+test-browser: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	$(call stage,browser,$(BIN)/python -m pytest -m browser tests/test_browser.py)
+
 notebooks: install
-	for book in $(NOTEBOOKS); do $(BIN)/papermill $$book $$book --no-progress-bar || exit 1; done
+	for book in $(NOTEBOOKS); do $(BIN)/papermill $$book $$book --cwd notebooks --no-progress-bar || exit 1; done
 
 lab: install
 	$(BIN)/jupyter lab notebooks

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import pandas as pd
+
 from benchmarks.report import STAGES, short, table
 from cvfp import cache
-from cvfp.analysis import claims, ledger
+from cvfp.analysis import claims, comparison, ledger
 from cvfp.tuning import CVFP, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,16 +86,43 @@ def controls(setting: str, reports: Path) -> str:
     sizes = sorted({size for _, size in cells})
     there = dict.fromkeys(kind for kind, _ in cells)
     kinds = [*(kind for kind in KINDS if kind in there), *(k for k in there if k not in KINDS)]
-    base = [cells[CVFP, size] for size in sizes]
+    first = CVFP if CVFP in there else next(iter(there))
+    base = [cells[first, size] for size in sizes]
     words = "{samples:,} conversations, {tokens:,} tokens, {seeds} seeds"
     rows = [["", *(words.format(**one) for one in base)]]
     for kind in kinds:
         rows.append([kind, *(_change(cells.get((kind, one["samples"])), one) for one in base)])
     on = ", ".join(filter(None, [f"`{found['setting']}`", found["device"], found.get("date")]))
     return (
-        f"Perplexity, mean of the seeds, and its change against *{CVFP}* with the 95 % interval. "
+        f"Perplexity, mean of the seeds, and its change against *{first}* with the 95 % interval. "
         f"{on}.\n\n{table(rows)}"
     )
+
+
+def reading(setting: str, reports: Path) -> str:
+    """What a notebook has read from the same file's runs, in words."""
+    found = json.loads((reports / f"{setting}.json").read_text(encoding="utf-8"))
+    return str(found["reading"]).replace("-", "−").replace("\n− ", "\n- ")
+
+
+def remembers(setting: str, reports: Path) -> str:
+    """What contexts hold, and what is used of it, from the records of `gap.remembers`."""
+    path = reports / f"memory_{setting}.json"
+    records = [r for r in json.loads(path.read_text(encoding="utf-8")) if r["size"] == 200]
+    rows = [["contexts", "perplexity", "contraction a token", "R² 1, 4 tokens back", "used tokens"]]
+    rows[0].append("tokens one after the other, of 400,000")
+    for kind in dict.fromkeys(one["kind"] for one in records):
+        runs = [one for one in records if one["kind"] == kind]
+        if "cuts" in runs[0]:
+            r2 = dict(zip(*runs[0]["recall"].values(), strict=True))
+            cut = comparison.memory([pd.DataFrame(runs[0]["cuts"])])
+            used = cut.k[cut.change >= comparison.USED].max()
+            steps = [f"{one['long']['steps']:,}" for one in runs if one.get("long")] or ["–"]
+            row = [kind, f"{runs[0]['ppl']:.1f}", f"{runs[0]['contraction_rate']:.2f}"]
+            row.append(", ".join(f"{r2[lag]:.2f}" for lag in (1, 4)))
+            most = "at least " if used == cut.k.max() else ""
+            rows.append([*row, f"{most}{used:.0f}", steps[0]])
+    return f"One seed each, 200 conversations.\n\n{table(rows)}"
 
 
 def _change(row: Mapping[str, Any] | None, base: Mapping[str, Any]) -> str:
@@ -134,6 +163,9 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "study": study,
     "controls_mini": functools.partial(controls, "mini"),
     "controls_published_size": functools.partial(controls, "published_size"),
+    "controls_reading_published_size": functools.partial(reading, "controls_published_size"),
+    "remember_reading_published_size": functools.partial(reading, "remember_published_size"),
+    "memory_published_size": functools.partial(remembers, "published_size"),
 }
 
 

@@ -80,9 +80,9 @@ class Report:
         return "a GPU" if gpu and not torch.cuda.is_available() else None
 
 
-def reports() -> dict[str, Report]:
+def reports(folder: Path | None = None) -> dict[str, Report]:
     """All reports by name, in study.toml's order."""
-    tables = tomllib.loads((REPORTS / "study.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(((folder or REPORTS) / "study.toml").read_text(encoding="utf-8"))
     return {name: Report(name, **table) for name, table in tables.items()}
 
 
@@ -96,9 +96,9 @@ def fingerprint() -> str:
     return cache.digest([re.sub(r"\w+=\[\]|[, ]", "", one) for one in code])
 
 
-def entries() -> dict[str, Entry]:
+def entries(folder: Path | None = None) -> dict[str, Entry]:
     """study.json, by report."""
-    path = REPORTS / "study.json"
+    path = (folder or REPORTS) / "study.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 

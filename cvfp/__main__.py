@@ -1,29 +1,63 @@
-"""`python -m cvfp pack FILE` and `unpack FILE`: finished runs carried from one store to another."""
+"""`python -m cvfp`: run a preset, list the store's finished runs, carry them to another store."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from cvfp import cache, packs
+import cvfp
+from cvfp import cache, config, packs
+
+COMMANDS = {
+    "run": "a preset with these fields changed; at once where the store has it",
+    "results": "the store's finished runs; a field given twice: either value",
+    "pack": "the store's finished runs into one file",
+    "unpack": "a pack's runs into the store",
+}
+FIGURES = ["train_tokens", "val_ppl", "trigram_both_ppl", "val_er"]
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m cvfp", description=__doc__)
-    parser.add_argument("command", choices=["pack", "unpack"])
-    parser.add_argument("file", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, words in COMMANDS.items():
+        command = commands.add_parser(name, help=words, description=words)
+        if name == "run":
+            command.add_argument("preset", metavar="PRESET", help=", ".join(config.PRESETS))
+        if name in ("run", "results"):
+            command.add_argument("fields", metavar="field=value", nargs="*", type=_field)
+        else:
+            command.add_argument("file", metavar="FILE", type=Path)
     given = parser.parse_args()
     try:
-        if given.command == "pack":
+        if given.command == "run":
+            one = cvfp.Experiment.preset(given.preset, **dict(given.fields))
+            _show(cvfp.Results([cvfp.run(one)]))
+        elif given.command == "results":
+            said = given.fields
+            _show(cvfp.results(**{k: [x for n, x in said if n == k] for k, _ in said}))
+        elif given.command == "pack":
             print(f"{given.file}: {packs.pack(given.file)} runs")
-            return
-        new, refused = packs.unpack(given.file)
+        else:
+            new, refused = packs.unpack(given.file)
+            words = f"; {refused} entries refused" if refused else ""
+            print(f"{cache.home()}: {new} new runs{words}")
     except OSError as error:
-        parser.error(f"FILE: got {given.file} ({error}); accepted: a file that can be written")
-    except ValueError as error:
+        parser.error(f"FILE: got {error}; accepted: a file that can be written")
+    except cvfp.ParameterError as error:
         parser.error(str(error))
-    print(f"{cache.home()}: {new} new runs" + (f"; {refused} entries refused" if refused else ""))
+
+
+def _show(results: cvfp.Results) -> None:
+    frame = results.frame().reindex(columns=["key", *config.HINTS, *FIGURES])
+    differ = [name for name in config.HINTS if frame[name].nunique(dropna=False) > 1]
+    print(frame[["key", *differ, *FIGURES]].to_string(index=False) if results else "no such runs")
+
+
+def _field(word: str) -> tuple[str, str]:
+    name, value = word.split("=", 1)
+    return name, value
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ def reason(history: Sequence[Mapping[str, float]]) -> str | None:
     """Which of note 004's rules say at iteration 20 that Phase 1 should be given up; None: none do.
 
     They are: effective rank of the validation contexts under 70 %; no more tokens converged than at
-    iteration 15; a loss no lower than the first. A Phase 1 that ended sooner is never given up.
-    """
+    iteration 15; a loss no lower than the first. A Phase 1 that ended sooner is never given up."""
     rows = {int(row["iteration"]): row for row in history}
     now, since = rows.get(ITERATION), rows.get(SINCE)
     if now is None or since is None:

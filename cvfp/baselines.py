@@ -1,8 +1,7 @@
 """Baselines for every perplexity: language models without CVFP on the same tokens.
 
 Probabilities are exact: float64, summing to one over the vocabulary. Own code, since no library was
-found that has Kneser-Ney with exact values at array speed.
-"""
+found that has Kneser-Ney with exact values at array speed."""
 
 from __future__ import annotations
 
@@ -30,10 +29,8 @@ NAMES = {
 
 
 def evaluate(data: Data, bigram: BigramLM | None) -> dict[str, float | None]:
-    """Mean nats per predicted validation token of each baseline in `NAMES`.
-
-    None: not available, without a table fitted as a language model or without a fitting set.
-    """
+    """Mean nats per predicted validation token of each baseline in `NAMES`; None: not available,
+    without a table fitted as a language model or without a fitting set."""
     target, size = data.validation.tokens, data.vocab_size
     # Whole streams: CVFP's contexts cross the borders of conversations, so n-grams may, too.
     train, both = [data.train.tokens], [data.fitting.tokens, data.train.tokens]
@@ -89,18 +86,16 @@ def _keys(tokens: Ints, vocab_size: int, order: int) -> Ints:
     return keys
 
 
-def _interpolated(
-    grams: Ints, counts: Ints, wanted: Ints, vocab_size: int, lower: Floats
-) -> Floats:
+def _interpolated(grams: Ints, counts: Ints, wanted: Ints, size: int, lower: Floats) -> Floats:
     """One order's probabilities of `wanted`, from its counts and those of the order below."""
     if not len(grams):  # a stream shorter than this order
         return lower
     discount = _discount(counts)
     # The n-grams are sorted: those of one history are adjacent.
-    histories, first = np.unique(grams // vocab_size, return_index=True)
+    histories, first = np.unique(grams // size, return_index=True)
     total = np.add.reduceat(counts, first)
     followers = np.diff(np.append(first, len(grams)))
-    place, known = _find(histories, wanted // vocab_size)
+    place, known = _find(histories, wanted // size)
     gram, seen = _find(grams, wanted)
     count = np.where(seen, counts[gram], 0)
     higher = (np.maximum(count - discount, 0) + discount * followers[place] * lower) / total[place]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfp import controls, end_to_end, registry, seeds
+from cvfp import variants as variants  # registers its parts
 from cvfp.config import Experiment
 from cvfp.controls import count_parameters
 from cvfp.end_to_end import Peer
@@ -59,9 +60,9 @@ def _blank(experiment: Experiment, table: Tensor, tokenizer: Tokenizer | None = 
         freeze_embedding=experiment.freeze_embedding,
         tokenizer=tokenizer,
         context_widths=controls.context_widths(experiment, table.shape[1]),
-        generates=experiment.contexts in ("trained", "random", "end_to_end"),
+        generates=experiment.contexts in ("trained", "random", *registry.JOINTLY),
     )
-    if experiment.contexts == "end_to_end":
+    if experiment.contexts in registry.JOINTLY:
         model.context_table = None  # no Phase 1 that the table would have to stay as it was for
     return model
 

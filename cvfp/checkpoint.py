@@ -20,29 +20,17 @@ SECONDS, TIMES = 20.0, 100
 # All checkpoints together; the least recently written are deleted first.
 BYTES = 8_000_000_000
 Row = dict[str, float]
+Follow = Callable[[Row], object]
 
 
 class Checkpoint:
-    """A loop's state in the store, and whether to go on.
+    """A loop's state in the store under `key` (None: it is not kept), and whether to go on.
 
-    Args:
-        key: of what the loop leads to; None: its state is not kept.
-        follow: called with each row of the history; returns something true to stop the loop.
-        replay: called with each row that an earlier process left.
-        read: take up what is there; False: start anew.
+    `follow` is called with each row of the history, and returns something true to stop the loop
+    (`stop`; `partial`: and steps were left); `replay` with each that an earlier process left, where
+    `read` has it taken up. `before`: seconds that earlier processes spent on it."""
 
-    Attributes:
-        stop: whether `follow` stopped the loop; partial: and steps were left.
-        before: seconds that earlier processes spent on it.
-    """
-
-    def __init__(
-        self,
-        key: str | None,
-        follow: Callable[[Row], object],
-        replay: Callable[[Row], object],
-        read: bool = True,
-    ) -> None:
+    def __init__(self, key: str | None, follow: Follow, replay: Follow, read: bool = True) -> None:
         self.path = None if key is None else path_of(key)
         self.follow, self.replay, self.read = follow, replay, read
         self.stop = self.partial = False

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -42,7 +43,8 @@ class UpTo(int):
 NEW: tuple[str, ...]
 NEW = ("corpus_format", "block", "context_std", "input_std", "objective", "token_block_std", "ops")
 NEW += ("objective_lags", "phase1_step", "phase1_decay", "phase1_fresh", "phase1_stop")
-NEW += ("selection", "development_samples", "weight_decay", "dropout")
+NEW += ("selection", "development_samples", "weight_decay", "dropout", "leak_tokens")
+NEW += ("unlabelled_samples",)
 
 
 def _field(stage: Stage, default: Any, description: str, **limits: float) -> Any:
@@ -59,8 +61,7 @@ class Experiment:
 
     `Experiment.describe()` is the table of all fields and their meaning. NumPy numbers and paths
     are converted to plain numbers and text. Raises `ParameterError`: a field is unknown, ill-typed,
-    out of range or contradicts another.
-    """
+    out of range or contradicts another."""
 
     dataset: str = _data(
         "chitchat",
@@ -80,6 +81,9 @@ class Experiment:
     train_split: str = _data("train", "split the training samples come from (hub data)")
     validation_split: str | None = _data(None, "held-out split; None: train_split's first samples")
     samples: int = _data(UpTo(200), "training conversations (nested: larger holds smaller)", low=1)
+    unlabelled_samples: int = _data(
+        0, "training conversations after those, which only Phase 1 reads", low=0
+    )
     validation: Literal["held_out", "tail"] = _data(
         "held_out",
         "'held_out': fixed conversations no training size contains; "
@@ -106,7 +110,13 @@ class Experiment:
     embedding_dim: int | None = _data(UpTo(128), "E, the table's width; None: as pretrained", low=1)
 
     block: str = _context(
-        "published", "the ContextBlock: 'published', another registered name, or 'module:class'"
+        "published",
+        "the ContextBlock: 'published', 'orthogonal' (weights on contexts), 'leaky' (every "
+        "dimension keeps a share of its own), 'leaky_learnt', another registered name, or "
+        "'module:class'",
+    )
+    leak_tokens: float = _context(
+        16.0, "slowest dimension of 'leaky', tokens", above=0.25, high=1e6
     )
     num_layers: int = _context(3, "L, layers of ContextBlock and of TokenBlock", low=1)
     context_dim: int = _context(128, "D, size of the context vector", low=2)
@@ -123,7 +133,9 @@ class Experiment:
         "seen, by linear maps), 'next' (the next token: a target), 'vicreg', another registered "
         "name, or 'module:function'",
     )
-    objective_lags: str = _phase1("0,1", "tokens back that 'remember' asks for; 0: the current one")
+    objective_lags: str = _phase1(
+        "0,1", "tokens back that 'remember' asks for, 0: the current one; with weights: '0:1,4:0.5'"
+    )
     phase1_step: Literal["sweep", "group"] = _phase1(
         "sweep", "an Adam step after every sweep (as published), or after every group of tokens"
     )
@@ -163,11 +175,14 @@ class Experiment:
         "trained",
         "input of Phase 2: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
         "'zero', trained ones 'shuffled' between positions, a plain 'window' of tokens, or without "
-        "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), another "
+        "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), 'fine_tuned' "
+        "(so, after Phase 1), a projection of a window ('delay_pca', 'delay_random'), another "
         "registered name, 'module:function'",
     )
     token_block_std: float = _phase2(0.1, "initial std of the TokenBlock's weights", low=0)
-    window_tokens: int = _phase2(16, "tokens before the current one in a 'window'", low=1)
+    window_tokens: int = _phase2(
+        16, "tokens before the current one in a 'window', or in a delay line", low=1
+    )
     dropout: float = _phase2(0.0, "share of values dropped: end_to_end, peers", low=0, high=0.9)
     weight_decay: float = _phase2(0.0, "of Phase 2's AdamW; 0: Adam, as published", low=0, high=10)
     unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
@@ -221,9 +236,7 @@ class Experiment:
             raise ParameterError("contexts", self.contexts, f"'trained' for model {self.model!r}")
         if self.model == "transformer" and (n := self.num_input_tokens) > 1:
             raise ParameterError("num_input_tokens", n, "1 for model 'transformer'")
-        lags = [lag.strip() for lag in self.objective_lags.split(",")]
-        if not all(lag.isdecimal() for lag in lags) or len(set(lags)) < len(lags):
-            raise ParameterError("objective_lags", self.objective_lags, "different ones, as 0,1,2")
+        _ = self.lags
         for kind in registry.PARTS:
             if (name := getattr(self, kind)) is not None:
                 registry.resolve(kind, name)
@@ -233,8 +246,7 @@ class Experiment:
         """The named preset with `overrides`; values spelt as text ("500", "true") are parsed.
 
         An override of None means the preset's own value, so that a notebook's parameter can be
-        left open; fields that may be None take the text "none".
-        """
+        left open; fields that may be None take the text "none"."""
         if name not in PRESETS:
             raise ParameterError("preset", name, " or ".join(map(repr, PRESETS)))
         parsed = {k: parse(v, HINTS.get(k)) for k, v in overrides.items() if v is not None}
@@ -243,6 +255,18 @@ class Experiment:
     def replace(self, **changes: Any) -> Experiment:
         """A copy with `changes`, checked like a new Experiment."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def lags(self) -> dict[int, float]:
+        """Tokens back that `objective_lags` asks for, and their weights."""
+        pairs = [[*lag.split(":", 1), "1"][:2] for lag in self.objective_lags.split(",")]
+        with suppress(ValueError):
+            lags = {int(lag): float(weight) for lag, weight in pairs}
+            fits = min(lags) >= 0 < min(lags.values()) and sum(lags.values()) < math.inf
+            if len(lags) == len(pairs) and fits:
+                return lags
+        accepted = "different ones, as 0,1,2, or with weights above 0, as 0:1,1:0.5"
+        raise ParameterError("objective_lags", self.objective_lags, accepted)
 
     @property
     def left_alone(self) -> frozenset[str]:
@@ -291,85 +315,24 @@ HINTS = get_type_hints(Experiment)
 TABLES = ("bigram", "ppmi", "random")
 # Sizes that are None where another field names what is pretrained; what needs a number.
 FITTED = {"vocab_size": ("tokenizer", ("bpe",)), "embedding_dim": ("embedding", TABLES)}
-# 6 x 768, GPT-2's tokens: the notes' size, whatever the corpus.
-_SIZE: dict[str, Any] = dict(num_layers=6, context_dim=768, phase2_batch_size=4096)
-# Notes 000 and 002 (docs/method.md, *Settings*).
-_NOTE = _SIZE | dict(
-    samples=UpTo(500),
-    validation="tail",
-    validation_samples=UpTo(50),
-    weight_tying=False,
-    phase2_learning_rate=0.001,
-    phase2_patience=1,
-    phase2_shuffle=False,
-)
-# On the embedded corpus; a table for a head of its own, or for a tied one.
-_HERE: dict[str, Any] = dict(tokenizer="gpt2-bpe", embedding_dim=768)
-_OWN, _TIED = _HERE | dict(embedding="ppmi"), _HERE | dict(embedding="bigram")
-_003 = (
-    _NOTE
-    | _TIED
-    | dict(
-        samples=UpTo(1000),
-        validation="held_out",
-        weight_tying=True,
-        num_input_tokens=2,
-        phase2_learning_rate=0.002,
-        phase2_patience=2,
-        phase1_max_iterations=10,
-        convergence_rate=0.979,
-    )
-)
-_004 = _NOTE | _TIED | dict(validation="held_out", weight_tying=True, num_layers=1)
-_004_LATER = _004 | dict(dist_reg_weight=0.9, phase1_max_iterations=60)
-# The same size with the protocol of `mini`, rate and epochs as chosen on development texts.
-_OURS = (
-    _SIZE
-    | _OWN
-    | dict(
-        samples=UpTo(500),
-        validation_samples=UpTo(50),
-        selection="development",
-        weight_tying=False,
-        phase2_learning_rate=0.0003,
-        phase2_epochs=40,
-    )
-)
-_STDS = ("context_std", "input_std", "token_block_std")
-# Contexts that give back the current token and the one before; their own regime.
-_REMEMBER = dict(
-    objective="remember",
-    phase1_step="group",
-    phase1_decay="linear",
-    phase1_stop="never",
-    phase1_noise=0.0,
-    phase1_learning_rate=0.0005,
-    phase1_max_iterations=31,
-    training_contexts="exact",
-)
-PRESETS: dict[str, dict[str, Any]] = {
-    "mini": {},
-    "published": _NOTE
-    | dict(
-        dataset="HuggingFaceH4/ultrachat_200k",
-        train_split="train_sft",
-        validation_split="test_sft",
-        tokenizer="gpt2",
-        embedding="gpt2",
-    ),
-    "published_size": _OURS,
-    "remember": _REMEMBER,
-    "remember_published_size": _OURS | _REMEMBER | dict.fromkeys(_STDS, 0.0361),  # 1/√768
-    "note000": _NOTE | _OWN | dict(token_input_all_layers=False),
-    "note001": _NOTE | _OWN | dict(token_input_all_layers=False),
-    "note002": _NOTE | _OWN,
-    "note003_deep": _003,
-    "note003_wide": _003 | dict(num_layers=3, context_dim=1536),
-    "note004_v1": _004,
-    "note004_v2": _004_LATER,
-    "note004_v3": _004_LATER | dict(num_input_tokens=2),
-    "note004_v4": _004_LATER | dict(context_dim=1085),
-}
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    """What presets.toml has."""
+    tables = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
+
+    def preset(table: dict[str, Any]) -> dict[str, Any]:
+        made = {k: v for name in table.get("of", ()) for k, v in preset(tables[name]).items()}
+        own = {name: value for name, value in table.items() if name != "of"}
+        return made | {
+            name: UpTo(value.removeprefix("up to ")) if str(value).startswith("up to ") else value
+            for name, value in own.items()
+        }
+
+    return {name: preset(one) for name, one in tables.items() if not name.startswith("_")}
+
+
+PRESETS = _presets()
 
 
 def resolve_device(device: str) -> str:

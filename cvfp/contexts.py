@@ -34,6 +34,7 @@ class Contexts:
     values: Tensor  # [T, D]
     residuals: list[dict[str, float]]  # per sweep: a start's largest change, absolute and relative
     sweeps: int  # 1 for `sequential`, which has no residual
+    steps: int  # applications of the block one after the other, each to many tokens at once
     converged: bool  # the last sweep moved no start by more than `tol`, and all values are finite
     # On any context's error, relative to its norm, rounding aside; infinite where nothing is known.
     error_bound: float
@@ -81,7 +82,7 @@ def evaluate(
             first = torch.zeros(1, dtype=torch.long, device=values.device)
             for t, context in enumerate(stream.steps(start, first, len(inputs))):
                 values[t] = context[0]
-            return _contexts(values, [], True, 0.0)
+            return _contexts(values, [], len(values), True, 0.0)
         if method == "blocks":
             return _blocks(stream, start, tol, max_sweeps, block_length)
     raise ValueError(f"method: got {method!r}; accepted: 'sequential' or 'blocks'")
@@ -122,11 +123,12 @@ class Stream:
 
 
 def _contexts(
-    values: Tensor, residuals: list[dict[str, float]], converged: bool, bound: float
+    values: Tensor, residuals: list[dict[str, float]], steps: int, converged: bool, bound: float
 ) -> Contexts:
     # NaN is the least and the greatest; without the copies that isfinite makes.
     good = converged and bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
-    return Contexts(values, residuals, max(1, len(residuals)), good, bound if good else math.inf)
+    sweeps = max(1, len(residuals))
+    return Contexts(values, residuals, sweeps, steps, good, bound if good else math.inf)
 
 
 def _blocks(
@@ -140,9 +142,11 @@ def _blocks(
     first = torch.arange(count, device=device) * length
     starts = torch.cat([start, stream.zeros(count - 1)])
     residuals: list[dict[str, float]] = []
+    steps = 0
     if count > 1 and length > WARM_UP:
         for context in stream.steps(stream.zeros(count - 1), first[1:] - WARM_UP, WARM_UP):
             end = context  # of each block but the last, from zeros
+        steps = WARM_UP
         residuals.append(_change(end, starts[1:]))
         starts[1:] = end
 
@@ -151,6 +155,7 @@ def _blocks(
     passed, converged = blocks.new_zeros(count), False
     while not converged and (max_sweeps is None or len(residuals) < max_sweeps):
         before = blocks[active, -1]
+        steps += length
         for k, context in enumerate(stream.steps(starts[active], first[active], length)):
             blocks[active, k] = context
         if moved is not None:
@@ -173,7 +178,8 @@ def _blocks(
             off += jump
             bound = max(bound, ENLARGED * off)
             off *= factor
-    return _contexts(blocks.view(-1, starts.shape[1])[:total], residuals, converged, bound)
+    values = blocks.view(-1, starts.shape[1])[:total]
+    return _contexts(values, residuals, steps, converged, bound)
 
 
 def _change(handed: Tensor, starts: Tensor) -> dict[str, float]:

@@ -58,8 +58,7 @@ class Texts:
 @dataclass(frozen=True)
 class Corpus:
     """The samples' texts by role (none where nothing is held out, or fitted). Outside `validation`
-    `copies` texts that repeat one of it were left out; `skipped` rows had no text.
-    """
+    `copies` texts that repeat one of it were left out; `skipped` rows had no text."""
 
     train: list[str]
     validation: list[str]
@@ -67,21 +66,19 @@ class Corpus:
     development: list[str] = field(default_factory=list)
     skipped: int = 0
     copies: int = 0
+    unlabelled: list[str] = field(default_factory=list)
 
 
 def read(
     path: str | Path, column: str | None = None, corpus_format: CorpusFormat | str | None = None
 ) -> Texts:
-    """All texts of a local file, or of the split 'train' of a local folder.
+    """All texts of a local file that ends in one of `READERS`, gzipped or not, or of the split
+    'train' of a local folder of such files, laid out like a hub dataset.
 
-    Args:
-        path: a file that ends in one of `READERS`, gzipped or not; or a folder of such files, laid
-            out like a hub dataset.
-        column: column that holds a text or a list of messages, which are joined by a line break;
-            None: the first of `LAYOUTS` that a row has.
-        corpus_format: own function (or its name) from one row to its conversation's text, or None
-            where it has none. A row is a dict of columns, or one line (a str) of a .txt file.
-            Without it, a .txt file is one text.
+    `column` holds a text or a list of messages, which are joined by a line break; None: the first
+    of `LAYOUTS` that a row has. `corpus_format` is an own function (or its name) from one row, a
+    dict of columns or one line (a str) of a .txt file, to its conversation's text, or None where it
+    has none; without it, a .txt file is one text.
 
     Raises `ParameterError`: a path, column or file that cannot be read, more than a tenth of the
     rows without text, or the same text in all rows."""
@@ -120,8 +117,7 @@ def load_corpus(experiment: Experiment) -> Corpus:
     start = held_out if own_split is None else 0
     is_copy = _copy_finder(first.texts)
     wanted = fitted + choosing + experiment.samples
-    asked = checked = start
-    rest: list[str] = []
+    asked, checked, rest = start, start, list[str]()
     while len(rest) < wanted:
         asked += wanted - len(rest)
         rows = _read(experiment, experiment.train_split, asked)
@@ -155,11 +151,9 @@ def _differ(texts: list[str], dataset: str) -> None:
 
 
 def _copy_finder(held_out: list[str]) -> Callable[[str], bool]:
-    """Whether a text repeats one of `held_out`, which would be a leak.
-
-    Case, spacing and the forms of characters (NFKC) make no difference. From `COPIED_WORDS` words
-    on, a text that is part of the other is a copy too, whatever the punctuation.
-    """
+    """Whether a text repeats one of `held_out`, which would be a leak, whatever the case, spacing
+    and forms of characters (NFKC). From `COPIED_WORDS` words on, a text that is part of the other
+    is a copy too, whatever the punctuation."""
     plain = {_plain(text) for text in held_out}
     bodies = [_body(text) for text in plain]
     runs = collections.Counter(run for body in bodies for run in set(_runs(body)))
@@ -318,69 +312,49 @@ def _asked(file: Path) -> int:
 
 def _cached(key: str, make: Callable[[], Iterable[str | None]] = tuple) -> list[str | None]:
     """The texts under `key`, a row without text as None; `make` is called where they are not."""
-
-    def write(path: Path, texts: list[str | None]) -> None:
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
-
-    def read(path: Path) -> list[str | None]:
-        return pq.ParquetFile(path).read(["text"]).column(0).to_pylist()
-
-    path = cache.home() / "corpora" / f"{key}.parquet"
-    return cache.obtain(path, lambda: list(make()), write, read)
+    return cache.obtain(
+        cache.home() / "corpora" / f"{key}.parquet",
+        lambda: list(make()),
+        lambda path, texts: pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path),
+        lambda path: pq.ParquetFile(path).read(["text"]).column(0).to_pylist(),
+    )
 
 
 def _first(rows: list[str | None], count: int | None = None) -> Texts:
     """The first `count` texts, and how many of the rows up to the last of them have none."""
-    texts: list[str] = []
-    skipped = 0
-    for row in rows:
-        if len(texts) == count:
-            break
-        if row is None:
-            skipped += 1
-        else:
-            texts.append(row)
-    return Texts(texts, skipped)
+    there = [(at, row) for at, row in enumerate(rows, start=1) if row is not None][:count]
+    read = there[-1][0] if len(there) == count else len(rows)
+    return Texts([text for _, text in there], read - len(there))
 
 
 def _by_format(row: Row, corpus_format: CorpusFormat, number: int) -> str | None:
     """The row's text by an own format, which must not fail or return anything but text or None."""
-    name = getattr(corpus_format, "__name__", str(corpus_format))
-    accepted = f"a function from a row to text or None (row {number}: "
+    cause: Exception | None = None
     try:
         text = corpus_format(row)
+        if text is None or isinstance(text, str):
+            return text
+        why = type(text).__name__
     except Exception as error:
-        accepted += f"{type(error).__name__}: {error})"
-        raise ParameterError("corpus_format", name, accepted) from error
-    if text is not None and not isinstance(text, str):
-        accepted += f"{type(text).__name__})"
-        raise ParameterError("corpus_format", name, accepted)
-    return text
+        why, cause = f"{type(error).__name__}: {error}", error
+    accepted = f"a function from a row to text or None (row {number}: {why})"
+    name = getattr(corpus_format, "__name__", str(corpus_format))
+    raise ParameterError("corpus_format", name, accepted) from cause
 
 
 def _texts(
-    rows: Iterable[Row],
-    dataset: str,
-    column: str | None,
-    corpus_format: CorpusFormat | None,
-    count: int | None = None,
+    rows: Iterable[Row], dataset: str, column: str | None, own: CorpusFormat | None, count: int = 0
 ) -> Iterator[str | None]:
-    """Each row's text, or None, until there are `count` texts.
-
-    Reading goes on while more than a tenth of the rows have none, and ends in a refusal at the
-    corpus's end or after `LOOK` rows: a few odd rows at its beginning are no reason for one.
-    """
-    read = skipped = 0
-    columns: dict[str, None] = {}
-    why = ""
+    """Each row's text, or None, until there are `count` texts (0: all). Reading goes on while more
+    than a tenth have none, to a refusal at the corpus's end or after `LOOK` rows: a few odd rows at
+    its beginning are no reason for one."""
+    read, skipped, why, columns = 0, 0, "", dict[str, None]()
     for read, row in enumerate(rows, start=1):
-        own = corpus_format
         text = _conversation(row, column) if own is None else _by_format(row, own, read)
         if not text or not text.strip():
-            text = None
-            skipped += 1
+            text, skipped = None, skipped + 1
             columns |= dict.fromkeys(map(printable, map(str, row if isinstance(row, dict) else ())))
-            reason = _reason(row, column) if corpus_format is None else "the format gave none"
+            reason = _reason(row, column) if own is None else "the format gave none"
             why = why or f"row {read}: {reason}"
         elif (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
             accepted = f"Unicode text (row {read} has the lone surrogate {lone[0]!r})"
@@ -389,15 +363,15 @@ def _texts(
         if skipped * 10 > read:
             if read >= LOOK:
                 break
-        elif count is not None and read - skipped >= count:
+        elif 0 < count <= read - skipped:
             break
     if not read:
         raise ParameterError("dataset", dataset, "a corpus that is not empty")
     if skipped * 10 <= read:
         return
     accepted = f"text in at least nine of ten rows ({skipped} of {read} have none; {why})"
-    if corpus_format is not None:
-        name = getattr(corpus_format, "__name__", str(corpus_format))
+    if own is not None:
+        name = getattr(own, "__name__", str(own))
         raise ParameterError("corpus_format", name, accepted)
     if skipped == read and columns:
         accepted = f"one of {', '.join(columns)} that holds text or lists of messages ({why}), "
@@ -517,8 +491,7 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
             accepted = f"JSON (line {at}: {getattr(error, 'msg', error)})"
             raise ParameterError("dataset", str(file), accepted) from error
         for row in value if isinstance(value, list) and not _are_messages(value) else [value]:
-            if isinstance(row, list):
-                row = {MESSAGES[0]: row}
+            row = {MESSAGES[0]: row} if isinstance(row, list) else row
             if not isinstance(row, dict):
                 accepted = f"JSON objects (line {number}: {reprlib.repr(row)})"
                 raise ParameterError("dataset", str(file), accepted)

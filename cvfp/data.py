@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvfp import cache, hub, registry
 from cvfp.config import Experiment, ParameterError
-from cvfp.corpora import load_corpus
+from cvfp.corpora import Corpus, load_corpus
 from cvfp.tokenizer import Stream, Tokenizer, load_tokenizer
 
 
@@ -24,6 +24,7 @@ class Data:
     validation: Stream
     fitting: Stream
     development: Stream  # what chooses where validation only judges; else empty
+    unlabelled: Stream  # what only Phase 1 reads
     tokenizer: Tokenizer
     fingerprint: str  # of the streams and the tokeniser
     skipped: int = 0  # rows of the corpus without text among those read
@@ -53,11 +54,11 @@ def load(experiment: Experiment) -> Data:
 
 @functools.lru_cache(maxsize=8)  # to read, hash and check megabytes again takes a tenth of a second
 def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) -> Data:
-    corpus = load_corpus(experiment)
+    corpus = _corpus(experiment)
     tokenizer = load_tokenizer(experiment, corpus.fitting)
-    (train, train_lost), (validation, lost), (fitting, _), (development, _) = (
+    (train, train_lost), (validation, lost), (fitting, _), (development, _), (unlabelled, _) = (
         _encode(tokenizer, getattr(corpus, role), experiment.dataset, role)
-        for role in ("train", "validation", "fitting", "development")
+        for role in ("train", "validation", "fitting", "development", "unlabelled")
     )
     if experiment.validation == "tail":
         train, validation = _split_tail(train)
@@ -65,16 +66,35 @@ def _load(experiment: Experiment, home: Path, files: tuple[Any, ...], own: str) 
         if len(validation) < 2:
             accepted = "enough for a tail (10 %) of at least 2 tokens"
             raise ParameterError("samples", experiment.samples, accepted)
-    said = [train, validation, fitting, *([development] if len(development) else [])]
+    said = [train, validation, fitting, *(x for x in (development, unlabelled) if len(x))]
     parts = [part for stream in said for part in (stream.tokens, stream.starts)]
     parts.append(validation.text_bytes)
-    fingerprint = cache.digest(tokenizer.fingerprint, *parts, *([own] if own else []))
+    words = [own] * bool(own) + ["unlabelled"] * bool(len(unlabelled))  # the same text may choose
+    fingerprint = cache.digest(tokenizer.fingerprint, *parts, *words)
     figures = corpus.skipped, corpus.copies, lost
     roles = ("validation", "fitting", "development")
     sizes = {f"{role}_samples": len(getattr(corpus, role)) for role in roles}
     sizes |= dict(samples=len(corpus.train), vocab_size=tokenizer.vocab_size)
-    streams = train, validation, fitting, development
+    streams = train, validation, fitting, development, unlabelled
     return Data(*streams, tokenizer, fingerprint, *figures, sizes)
+
+
+def _corpus(experiment: Experiment) -> Corpus:
+    """The corpus, of whose training texts only the first `samples` are Phase 2's."""
+    if not (more := experiment.unlabelled_samples):
+        return load_corpus(experiment)
+    if experiment.validation == "tail":
+        raise ParameterError("unlabelled_samples", more, "0 with validation 'tail'")
+    wanted = experiment.samples + more
+    try:
+        corpus = load_corpus(experiment.replace(samples=wanted, unlabelled_samples=0))
+    except ParameterError as error:
+        if error.parameter != "samples":
+            raise
+        accepted = f"fewer ({experiment.samples} + {more} samples; {error.accepted})"
+        raise ParameterError("unlabelled_samples", more, accepted) from error
+    first = corpus.train[: experiment.samples]
+    return replace(corpus, train=first, unlabelled=corpus.train[len(first) :])
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dataset: str, role: str) -> tuple[Stream, bool]:

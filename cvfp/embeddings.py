@@ -141,12 +141,10 @@ def _table(fitted: _Fitted) -> Table:
 
 
 def fit_ppmi(fitting: Stream, vocab_size: int, embedding_dim: int) -> Tensor:
-    """Table [V, E] from positive pointwise mutual information (Levy, Goldberg and Dagan 2015).
-
-    Co-occurrences are counted up to `PPMI_WINDOW` tokens apart in a sample, weighted 1/distance;
-    the table is U·√Σ of their PPMI matrix, its rows scaled to the norm `PPMI_NORM`. Tokens that do
-    not occur get zeros. Good as inputs; as a tied head it lacks the tokens' frequencies.
-    """
+    """Table [V, E] from positive pointwise mutual information (Levy, Goldberg and Dagan 2015):
+    co-occurrences count up to `PPMI_WINDOW` tokens apart in a sample, weighted 1/distance. The
+    table is U·√Σ of their PPMI matrix, its rows scaled to the norm `PPMI_NORM`. Tokens that do
+    not occur get zeros. Good as inputs; as a tied head it lacks the tokens' frequencies."""
     sample = torch.bucketize(torch.arange(len(fitting)), fitting.starts, right=True)
     keys, weights = [], []
     for distance in range(1, PPMI_WINDOW + 1):
@@ -186,9 +184,8 @@ def bigram_counts(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
 def _sums_of_runs(rows: Tensor, weights: Tensor, lengths: Tensor) -> Callable[[Tensor], Tensor]:
     """table [V, E] -> weighted sums of its `rows`, one for each run of `lengths` of them."""
     begins = lengths.cumsum(0) - lengths
-    return lambda table: F.embedding_bag(
-        rows, table, begins, mode="sum", per_sample_weights=weights
-    )
+    how: dict[str, Any] = dict(mode="sum", per_sample_weights=weights)
+    return lambda table: F.embedding_bag(rows, table, begins, **how)
 
 
 def fit_bigram(
@@ -211,9 +208,7 @@ def fit_bigram(
         torch.empty(embedding_dim, embedding_dim).normal_(0, FIT_STD / 10, generator=generator),
         torch.zeros(vocab_size),  # E has to learn the frequencies: only E is used afterwards
     )
-    parameters = [model.table, model.weight, model.bias]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters = [one.requires_grad_() for one in (model.table, model.weight, model.bias)]
     decayed = {"params": [model.table, model.weight], "weight_decay": FIT_DECAY}
     others = {"params": [model.bias], "weight_decay": 0.0}
     optimiser = torch.optim.AdamW([decayed, others], lr=FIT_LEARNING_RATE, fused=True)

@@ -14,7 +14,7 @@ TRAINED = 5
 # The fields that memory grows with, besides the table's two.
 FIELDS = ["context_dim", "num_layers", "num_input_tokens", "window_tokens", "phase2_batch_size"]
 FIELDS += ["loss_group"]
-WITH_PHASE1 = ("trained", "shuffled")
+WITH_PHASE1 = ("trained", "shuffled", "fine_tuned")
 
 
 def memory(experiment: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -> int:

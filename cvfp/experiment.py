@@ -37,7 +37,7 @@ from cvfp import (
 )
 from cvfp import data as data_module
 from cvfp.build import build
-from cvfp.checkpoint import Checkpoint, Row
+from cvfp.checkpoint import Checkpoint, Follow, Row
 from cvfp.config import Experiment, ParameterError
 from cvfp.data import Data
 from cvfp.end_to_end import Peer
@@ -123,7 +123,7 @@ def _run(
     with Background(experiment.device) as background:
         keys = key if stored else None, phase1_key
         training = _Training(experiment, data, *keys, watch, follow, reuse, background, held)
-        if isinstance(model, Peer) or experiment.contexts == "end_to_end":
+        if isinstance(model, Peer) or experiment.contexts in registry.JOINTLY:
             second, measured = training.unrolled(model)
         else:
             second, measured = training.two_phases(model)
@@ -197,6 +197,7 @@ class _Training:
         device = self.experiment.device
         self.train_tokens = self.data.train.tokens.to(device)
         self.val_tokens = self.data.validation.tokens.to(device)
+        self.unlabelled = self.data.unlabelled.tokens.to(device)
         dev = self.data.development.tokens.to(device)
         self.dev_tokens = dev if len(dev) else None
 
@@ -206,9 +207,7 @@ class _Training:
         first = train_contexts = val_contexts = None
         measured: dict[str, Any] = {}
         if kind in ("trained", "shuffled"):
-            first, measured["phase1_from_store"] = self.first_phase(model)
-            measured |= dict(phase1_iterations=first.iterations, phase1_history=first.history)
-            measured |= dict(converged=first.converged, aborted=first.aborted)
+            first, measured = self.first_phase(model)
         if kind in ("trained", "random", "shuffled"):
             parallel = None if experiment.training_contexts == "exact" else first
             train_contexts, val_contexts, figures = self.measure_contexts(model, parallel)
@@ -245,8 +244,14 @@ class _Training:
         return self.own_contexts(model, tokens)
 
     def unrolled(self, model: CVFP | Peer) -> Trained:
-        """A peer, or CVFP whose ContextBlock is trained with the TokenBlock."""
+        """A peer, or CVFP whose two blocks are trained together, after Phase 1 or not."""
         rate = "phase2_learning_rate"
+        measured: dict[str, Any] = {}
+        if self.experiment.contexts == "fine_tuned":
+            assert isinstance(model, CVFP)
+            measured = self.first_phase(model)[1]
+            if self.partial or measured["aborted"] is not None:
+                return None, measured
 
         def evaluate(tokens: Tensor) -> phase2.Evaluation:
             if isinstance(model, Peer):
@@ -262,9 +267,20 @@ class _Training:
         with self.second_phase() as loop:
             second = end_to_end.train(model, read, validate, self.train_tokens, *given, *loop)
         second = self.judged(second, judge)
-        return second, {} if isinstance(model, Peer) else self.measure_contexts(model)[-1]
+        if not isinstance(model, Peer):
+            measured |= self.measure_contexts(model)[-1]
+        return second, measured
 
-    def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
+    def first_phase(self, model: CVFP) -> tuple[phase1.Phase1, dict[str, Any]]:
+        """Phase 1 with the contexts that Phase 2 may read, and its figures."""
+        first, stored = self.phase1_of(model)
+        names = ("converged", "aborted")
+        figures: dict[str, Any] = {name: getattr(first, name) for name in names}
+        figures |= dict(phase1_iterations=first.iterations, phase1_history=first.history)
+        figures["phase1_from_store"] = stored
+        return replace(first, contexts=first.contexts[: len(self.train_tokens)]), figures
+
+    def phase1_of(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
         """Phase 1 from the store, or trained and then stored in the background; and which."""
         experiment, key = self.experiment, self.phase1_key
         held = self.held.enter_context(ExitStack())
@@ -301,7 +317,8 @@ class _Training:
         loop = self.checkpoint(1, key, show)
         total = experiment.phase1_max_iterations - 1
         with self.watch("phase1"), Stage("Phase 1", total, every=10) as stage:
-            train = model.context_inputs(self.train_tokens)
+            read = torch.cat([self.train_tokens, self.unlabelled])
+            train = model.context_inputs(read)
             noise = seeds.generator(experiment.seed, "phase1", experiment.device)
             first = phase1.train(model.context_block, train, experiment, noise, report, loop.rest)
         self.watch.seconds["phase1"] += loop.before
@@ -332,6 +349,7 @@ class _Training:
             error = exact.error_bound if math.isfinite(exact.error_bound) else None
             figures = self.spectra(train, exact.values)
             figures |= dict(context_sweeps=exact.sweeps, context_error=error)
+            figures["context_steps"] = exact.steps
             rate, length = found.contraction_rate, found.memory_length
             figures |= dict(contraction_rate=rate, memory_length=length)
         return train, exact.values, figures
@@ -368,9 +386,7 @@ class _Training:
         self.watch.seconds["phase2"] += loop.before
         self.partial = loop.partial
 
-    def checkpoint(
-        self, phase: int, key: str | None, replay: Callable[[Row], object]
-    ) -> Checkpoint:
+    def checkpoint(self, phase: int, key: str | None, replay: Follow) -> Checkpoint:
         """Of one phase's loop."""
 
         def follow(row: Row) -> object:
@@ -470,13 +486,21 @@ def _baselines(data: Data, table: embeddings.Table) -> dict[str, float | None]:
 def _of_phase2(second: phase2.Phase2, data: Data) -> dict[str, Any]:
     """The Result's figures of Phase 2. Each list of sums has predicted tokens, their nats and how
     many were right: by conversation; by the predicted token's place in its conversation (0-3, 4-7,
-    8-15, …); by how often it is in the training stream (0, 1-9, 10-99, …)."""
+    8-15, …); by how often it is in the training stream (0, 1-9, 10-99, …); by how often it follows
+    the one before it there."""
     evaluation, stream = second.validation, data.validation
     # Of which conversation tokens 1 … T-1 are.
     tokens = torch.arange(1, len(stream))
     conversations = torch.bucketize(tokens, stream.starts, right=True) - 1
     places = tokens - stream.starts[conversations]
     counts = torch.bincount(data.train.tokens, minlength=data.vocab_size)[stream.tokens[1:]]
+    pairs, seen = (
+        one.tokens[:-1] * data.vocab_size + one.tokens[1:] for one in (stream, data.train)
+    )
+    known, often = seen.unique(return_counts=True)
+    at = torch.searchsorted(known, pairs).clamp(max=len(known) - 1)
+    bigrams = torch.where(known[at] == pairs, often[at], 0)
+    pair_edges = [0, 1, *(10**power for power in range(1, len(str(int(bigrams.max())))))]
     place_edges = [0, *(2**power for power in range(2, int(places.max()).bit_length()))]
     count_edges = [0, *(10**power for power in range(len(str(int(counts.max())))))]
     return dict(
@@ -488,6 +512,7 @@ def _of_phase2(second: phase2.Phase2, data: Data) -> dict[str, Any]:
         val_conversations=_sums(conversations, len(stream.starts), evaluation),
         val_positions=_binned(places, place_edges, evaluation),
         val_frequencies=_binned(counts, count_edges, evaluation),
+        val_bigrams=_binned(bigrams, pair_edges, evaluation),
     )
 
 

@@ -4,8 +4,7 @@ The contexts that Phase 1 leaves differ from those of its final weights, evaluat
 for four reasons: the noise that training adds; the weights, updated since each iteration; the
 window, since k sweeps see k tokens only; and, for the first few tokens, the ring in which token 0
 reads the last. Each cause is reproduced alone here, on the same tokens, and measured against the
-exact contexts.
-"""
+exact contexts."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cvfp import build, contexts, experiment, metrics, ops, phase1, phase2, seeds
+from cvfp import build, contexts, experiment, metrics, ops, phase1, phase2, registry, seeds
 from cvfp.config import Experiment, ParameterError
 from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP, Block
@@ -42,6 +41,9 @@ CAUSES = {
 }
 POSITIONS = 100  # tokens of the first, middle and last part in the published table
 BINS = 60
+CUTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LAGS = (-1, 0, 1, 2, 3, 4, 6, 8, 12, 16)
+RIDGE = 1e-4  # of the contexts' mean variance
 CHUNK = 8000  # tokens that go through the ContextBlock at once
 
 Returned = TypeVar("Returned")
@@ -197,8 +199,9 @@ def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
         ParameterError: a model without contexts of its own.
     """
     model, exp = result.model(), result.experiment
-    if not isinstance(model, CVFP) or exp.contexts not in ("trained", "random", "end_to_end"):
-        raise ParameterError("contexts", exp.contexts, "'trained', 'random' or 'end_to_end'")
+    if not isinstance(model, CVFP) or not model.generates:
+        accepted = "'trained', 'random', 'end_to_end' or 'fine_tuned'"
+        raise ParameterError("contexts", exp.contexts, accepted)
     stream = experiment.prepare(exp)[0].validation
     ids, block = stream.tokens.to(exp.device), model.context_block
     inputs = model.context_inputs(ids)
@@ -218,6 +221,58 @@ def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
         seen = wanted
         columns[f"{wanted}"] = scored(cut)
     return pd.DataFrame(columns)
+
+
+@torch.no_grad()
+def recall(result: Result, lags: Sequence[int]) -> pd.DataFrame:
+    """What contexts hold of the tokens read: R² of linear maps from C[t] to the embedding of the
+    token `lag` before t (-1: the next), fitted on training's contexts by ridge regression and
+    measured on validation's: columns lag, r2 (1 at most; 0: no more than the mean).
+
+    Raises:
+        FileNotFoundError: its model is not stored (`Result.model`).
+        ParameterError: a model without contexts.
+    """
+    model, exp = result.model(), result.experiment
+    if not isinstance(model, CVFP) or exp.contexts in ("zero", "window", "shuffled"):
+        raise ParameterError("contexts", exp.contexts, "a kind that makes contexts")
+    data = experiment.prepare(exp)[0]
+
+    def read(stream: Tensor) -> tuple[Tensor, TokenInputs]:
+        inputs = model.context_inputs(stream.to(exp.device))
+        if exp.contexts in registry.CONTEXTS:
+            return experiment.exact_contexts(model.context_block, inputs).values, inputs
+        own = registry.resolve("contexts", exp.contexts)
+        return own(model, inputs.tokens, exp), inputs
+
+    streams = [read(stream.tokens) for stream in (data.train, data.validation)]
+    rows = []
+    for lag in lags:
+        pairs = []
+        for values, inputs in streams:
+            first, end = max(lag, 0), len(values) + min(lag, 0)
+            target = inputs.table[inputs.tokens[first - lag : end - lag]]
+            pairs.append((values[first:end].double(), target.double()))
+        (c, y), (c_val, y_val) = pairs
+        middle, mean = c.mean(dim=0), y.mean(dim=0)
+        gram = (c - middle).T @ (c - middle)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        fitted = torch.linalg.solve(gram, (c - middle).T @ (y - mean))
+        left = (y_val - mean - (c_val - middle) @ fitted).square().sum()
+        rows.append({"lag": lag, "r2": float(1 - left / (y_val - mean).square().sum())})
+    return pd.DataFrame(rows)
+
+
+def remembers(result: Result) -> dict[str, Any]:
+    """What `memory` and `recall` find, as plain values for JSON, beside what says how the contexts
+    forget; without cuts for contexts that no block makes. Raises as these do."""
+    names = ("val_ppl", "contraction_rate", "memory_length", "context_steps", "context_sweeps")
+    called = zip(("ppl", *names[1:3], "steps", "sweeps"), names, strict=True)
+    record = {name: getattr(result, column) for name, column in called}
+    record |= dict(size=result.experiment.samples, seed=result.experiment.seed)
+    if getattr(result.model(), "generates", False):
+        record["cuts"] = memory(result, CUTS).to_dict("list")
+    return record | {"recall": recall(result, LAGS).to_dict("list")}
 
 
 def times(

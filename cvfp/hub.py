@@ -32,9 +32,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def signature(path: Path, below: str = "*") -> list[Any]:
-    """Names, sizes and times of a file, or of a folder's files (with "**/*" all below it): changes
-    when one does. All below the home folder, or one that holds it, may be the disk, and is refused.
-    """
+    """Names, sizes and times of a file, or of a folder's files (with "**/*" all below it, but not
+    below one that is or holds the home folder: that may be the disk); changes when one does."""
     if below != "*" and Path.home().resolve().is_relative_to(path.resolve()):
         raise ParameterError("dataset", str(path), "a folder of its own for the corpus")
     files = [path] if path.is_file() else sorted(p for p in path.glob(below) if p.is_file())
@@ -46,9 +45,8 @@ def require_hub(parameter: str, name: str) -> None:
     """Raise at once if the hub cannot be reached (its own client retries for a minute)."""
     from huggingface_hub import constants
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     try:
-        if offline:
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE is set")
         urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
@@ -79,10 +77,9 @@ def files(
 ) -> list[Path]:
     """The file, or those of one split of a local folder, as README.md tells the splits, or else the
     names of files and folders: train, validation (valid, val, dev), test (eval), or what stands
-    before -00000-of-00001. Where no name tells one, all are for training.
-
-    `suffixes` is what a corpus's files end in, without .gz. Raises `ParameterError`: no such split,
-    configuration or files, or it is unclear which are meant."""
+    before -00000-of-00001; where no name tells one, all are for training. `suffixes` is what they
+    end in, without .gz. Raises `ParameterError`: no such split, configuration or files, or it is
+    unclear which are meant."""
     if not path.is_dir():
         return [path]
     base, patterns = _declared(path, config)
@@ -150,11 +147,9 @@ def _declared(folder: Path, config: str | None) -> tuple[Path, dict[str, list[st
 
 
 def pretrained(parameter: str, name: str, load: Callable[[str, bool], Loaded]) -> Loaded:
-    """Load a local folder, a hub id from the hub's cache, or one to download (held in memory: 4).
-
+    """Load a local folder, a hub id from the hub's cache, or one to download (held in memory: 4);
     `load` is called with the name or path and `local_files_only`. Raises `ParameterError` of
-    `parameter`, the Experiment's field that `name` is the value of: nothing of that name that can
-    be read."""
+    `parameter`, the field that `name` is the value of: nothing of that name that can be read."""
     path = local(name)
     return _pretrained(parameter, name, load, tuple(signature(path)) if path else ())
 

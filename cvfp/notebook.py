@@ -2,8 +2,7 @@
 
 The cell tagged `parameters` declares the notebook's own. Every field of the Experiment is a
 parameter too: papermill (`-p num_layers 6`) writes it into a cell after that one, and a person can
-write it into the cell.
-"""
+write it into the cell."""
 
 from __future__ import annotations
 
@@ -38,15 +37,12 @@ def given(
 ) -> Given:
     """The parameters that a notebook was started with, read from its `globals()`.
 
-    Called in the cell after the one tagged `parameters`, which assigns `preset` and all of `own`.
-    What is assigned there, and in cells of nothing but literals right after it (papermill's), must
-    be a parameter; the variables of other cells are left alone.
-
-    Args:
-        varies: fields of the Experiment that may not be set, each with the own parameter that
-            sets it, or with words that say why.
-        own: the notebook's own parameters, each with its kind (`parameters.KINDS`), "… or None"
-            where None is allowed. One with the name of a field takes the field's place.
+    Called in the cell after the one tagged `parameters`, which assigns `preset` and all of `own`:
+    the notebook's own parameters, each with its kind (`parameters.KINDS`), "… or None" where None
+    is allowed; one with the name of a field takes the field's place. What is assigned there, and in
+    cells of nothing but literals right after it (papermill's), must be a parameter; variables of
+    other cells are left alone. `varies` has fields of the Experiment that may not be set, each with
+    the own parameter that sets it, or with words that say why.
 
     Raises `ParameterError`: a name that is no parameter (the nearest one is named), a field that
     the notebook sets itself, an own parameter that is missing, ill-typed or out of range. Raises
@@ -57,17 +53,15 @@ def given(
     declared = ("preset", *own)
     names, certain = _assigned(namespace, set(declared))
     accepted = list(dict.fromkeys((*declared, *FIELDS)))
-    for name in certain:
-        if name not in accepted:
-            raise ParameterError(name, namespace[name], nearest(name, accepted))
+    if unknown := [name for name in certain if name not in accepted]:
+        raise ParameterError(unknown[0], namespace[unknown[0]], nearest(unknown[0], accepted))
     for name in names:
         if name in varies and namespace[name] is not None:
             why = varies[name]
             words = f"{why}, which sets it here" if why in own else f"no value ({why})"
             raise ParameterError(name, namespace[name], words)
-    for name in declared:
-        if name not in namespace:
-            raise ParameterError(name, "nothing", "a value in the cell tagged 'parameters'")
+    if missing := [name for name in declared if name not in namespace]:
+        raise ParameterError(missing[0], "nothing", "a value in the cell tagged 'parameters'")
     chosen = [name for name in names if name in FIELDS and name not in (*own, *varies)]
     return Given(namespace, chosen, own)
 
@@ -162,8 +156,7 @@ def _assigned(namespace: Mapping[str, Any], declared: set[str]) -> tuple[list[st
     is the parameters cell, in whatever order cells are run again. What it assigns must be
     parameters, and so must what is assigned in cells of literals right after it; such a cell that
     was run later may set a field. Where the parameters cell was split, all cells of literals count;
-    without a history, as in a script, all variables of plain values do.
-    """
+    without a history, as in a script, all variables of plain values do."""
     history = namespace.get("In")
     if not isinstance(history, list):
         must = may = {name for name, value in namespace.items() if isinstance(value, PLAIN)}

@@ -62,15 +62,19 @@ class Remember(nn.Module):
 
     def __init__(self, experiment: Experiment, context_dim: int, embedding_dim: int) -> None:
         super().__init__()
-        self.lags = [int(lag) for lag in experiment.objective_lags.split(",")]
+        self.lags = experiment.lags
         self.maps = nn.ModuleList(nn.Linear(context_dim, embedding_dim) for _ in self.lags)
+
+    def target(self, batch: Batch, lag: int) -> Tensor:
+        return batch.embeddings(lag)
 
     def forward(self, new: Tensor, old: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         errors = {
-            f"lag_{lag}": (one(new) - batch.embeddings(lag)).square().mean(dim=(1, 2))
+            f"lag_{lag}": (one(new) - self.target(batch, lag)).square().mean(dim=(1, 2))
             for lag, one in zip(self.lags, self.maps, strict=True)
         }
-        return torch.stack(list(errors.values())).mean(dim=0), errors
+        weighted = zip(self.lags.values(), errors.values(), strict=True)
+        return sum(weight * error for weight, error in weighted) / sum(self.lags.values()), errors
 
 
 @objective("next")

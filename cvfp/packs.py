@@ -1,21 +1,24 @@
-"""Packs: finished runs carried from one store to another, checked on the way."""
+"""Finished runs: read from the store, and carried from one to another in packs, checked."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cvfp import cache
-from cvfp.config import ParameterError
-from cvfp.result import Result
+from cvfp import cache, config
+from cvfp.config import HINTS, ParameterError
+from cvfp.result import Result, Results
 
 KINDS = ("runs", "models", "baselines", "claims")  # tables and contexts are made again
 NAME = re.compile(rf"(?:checksums/)?({'|'.join(KINDS)})/[0-9A-Za-z]([\w.-]{{0,98}}\w)?")
@@ -23,13 +26,9 @@ DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedE
 
 
 def pack(file: Path) -> int:
-    """Write what is sound of the store's finished runs into one file; how many runs that is.
-
-    Raises:
-        ParameterError: there are none, or the file is there and is no pack.
-    """
-    paths = [p for kind in KINDS for p in sorted((cache.home() / kind).glob("[!.]*"))]
-    sound = [path for path in paths if path.suffix != ".damaged" and cache.sound(path)]
+    """Write what is sound of the store's finished runs into one file; how many runs that is. Raises
+    `ParameterError`: there are none, or the file is there and is no pack."""
+    sound = [path for kind in KINDS for path in _kept(kind)]
     runs = sum(path.parent.name == "runs" for path in sound)
     if not runs:
         raise ParameterError("CVFP_HOME", str(cache.home()), "a folder with finished runs")
@@ -44,11 +43,8 @@ def pack(file: Path) -> int:
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[list[Path], int]]:
     """A pack's sound entries as files in a temporary folder, and how many were refused: damaged,
-    not named as in a store, or runs that are no run of their name.
-
-    Raises:
-        ParameterError: it is no pack.
-    """
+    not named as in a store, or runs that are no run of their name. Raises `ParameterError`: it is
+    no pack."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(file) as made:
@@ -81,21 +77,49 @@ def unpack(file: Path) -> tuple[int, int]:
     return new, refused
 
 
-def results(file: Path) -> list[Result]:
-    """The Results of a pack's runs, each once. Raises `ParameterError`: it is no pack."""
-    with opened(file) as (paths, _):
-        runs = [path for path in paths if path.parent.name == "runs"]
-        return [Result.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in runs]
+def results(pack: Path | None = None, /, **fields: Any) -> Results:
+    """The store's finished runs in the order they were kept, or those of a pack, whose fields have
+    the values given, each one or a list: `results(seed=0, samples=[50, 100])`. What cannot be read
+    (damaged, another version's, with own parts not registered here) is left out with a warning.
+
+    Raises `ParameterError`: an unknown field, a value it cannot have, a file that is no pack."""
+    wanted = {name: _values(name, value) for name, value in fields.items()}
+    kept = [] if pack else sorted(_kept("runs"), key=os.path.getmtime)
+    with opened(pack) if pack else nullcontext((kept, 0)) as (paths, _):
+        read = [_read(path) for path in paths if path.parent.name == "runs"]
+    if skipped := read.count(None):
+        words = f"{skipped} of {len(read)} runs cannot be read here: another version's, or with"
+        warnings.warn(f"{cache.home()}: {words} parts not registered here", stacklevel=2)
+    found = [one for one in read if one is not None]
+    for name, values in wanted.items():
+        found = [one for one in found if getattr(one.experiment, name) in values]
+    return Results(found)
+
+
+def _values(name: str, value: Any) -> list[Any]:
+    if name not in HINTS:
+        raise ParameterError(name, "an unknown field", config.nearest(name, HINTS))
+    several = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    return [config._typed(name, config.parse(one, HINTS[name]), HINTS[name]) for one in several]
+
+
+def _kept(kind: str) -> list[Path]:
+    """The store's sound files of a kind."""
+    paths = sorted((cache.home() / kind).glob("[!.]*"))
+    return [path for path in paths if path.suffix != ".damaged" and cache.sound(path)]
 
 
 def _sound(path: Path) -> bool:
     checksum = cache.checksum_file(path)
     if not checksum.exists() or cache.checksum(path, path) != checksum.read_bytes():
         return False
-    if path.parent.name != "runs":
-        return True
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return bool(Result.from_dict(record).key == path.stem)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return False
+    return path.parent.name != "runs" or _read(path) is not None
+
+
+def _read(path: Path) -> Result | None:
+    """A run's file; None: it is no run of that name."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        result = Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        result.from_store = True
+        return result if result.key == path.stem else None
+    return None

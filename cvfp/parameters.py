@@ -1,8 +1,7 @@
 """Parameters of notebooks, parsed: papermill passes text such as "0,1,2", numbers and lists.
 
 Every function here takes the parameter's name and its value, and raises a `ParameterError` that
-names the parameter for any other value than its docstring says. `KINDS` has them by name.
-"""
+names the parameter for any other value than its docstring says. `KINDS` has them by name."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from cvfp.config import ParameterError, UpTo, parse
 
 T = TypeVar("T", int, float)
+Fits = Callable[[T], bool]
 # What tells a parameter from other variables: values that a notebook's parameters can have.
 PLAIN = (int, float, str, bool, type(None), list, tuple, dict)
 
@@ -21,13 +21,13 @@ PLAIN = (int, float, str, bool, type(None), list, tuple, dict)
 def integers(parameter: str, value: object, *, low: int = 0) -> list[int]:
     """3, "3", [0, 1, 2], "0,1,2" or "[0, 1, 2]" -> list of different ints of at least `low`."""
     accepted = f"an integer of at least {low}, or a list of different ones such as 0,1,2"
-    return _numbers(parameter, value, int, lambda one: one >= low, accepted, different=True)
+    return _numbers(parameter, value, int, lambda one: one >= low, accepted)
 
 
 def numbers(parameter: str, value: object) -> list[float]:
     """0.1, "0.1", [0.1, 0.2] or "0.1,0.2" -> list of different floats over 0."""
     accepted = "a number above 0, or a list of different ones such as 0.001,0.003"
-    return _numbers(parameter, value, float, lambda x: 0 < x < math.inf, accepted, different=True)
+    return _numbers(parameter, value, float, lambda x: 0 < x < math.inf, accepted)
 
 
 def integer(parameter: str, value: object, *, low: int = 1, why: str = "") -> int:
@@ -49,7 +49,7 @@ def number(parameter: str, value: object) -> float:
 def pair(parameter: str, value: object) -> tuple[int, int]:
     """Two integers of at least 1, which may be equal: "6,768" or [6, 768]."""
     accepted = "two integers of at least 1, such as 6,768"
-    found = _numbers(parameter, value, int, lambda one: one >= 1, accepted)
+    found = _numbers(parameter, value, int, lambda one: one >= 1, accepted, alike=True)
     if len(found) != 2:
         raise ParameterError(parameter, value, accepted)
     return found[0], found[1]
@@ -80,12 +80,7 @@ def ladder(parameter: str, value: object) -> list[int]:
 
 
 def _numbers(
-    parameter: str,
-    value: object,
-    kind: type[T],
-    fits: Callable[[T], bool],
-    accepted: str,
-    different: bool = False,
+    parameter: str, value: object, kind: type[T], fits: Fits[T], accepted: str, alike: bool = False
 ) -> list[T]:
     """The numbers of a list or of text such as "[0, 1]"; anything else is the only one."""
     items: Any = value if isinstance(value, (list, tuple, range)) else [value]
@@ -93,14 +88,12 @@ def _numbers(
         items = value.strip("[](), ").split(",")
     found = [parse(item, kind) for item in items]
     fitting = all(type(one) in (int, kind) and fits(one) for one in found)
-    if not found or not fitting or (different and len(set(found)) < len(found)):
+    if not found or not fitting or (not alike and len(set(found)) < len(found)):
         raise ParameterError(parameter, value, accepted)
     return list(map(kind, found))
 
 
-Kind = Callable[[str, object], Any]
-
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, Callable[[str, object], Any]] = {
     "seeds": integers,
     "sizes": functools.partial(integers, low=1),  # numbers of training conversations
     "size": integer,  # one of them
@@ -118,9 +111,8 @@ SIZES = ("sizes", "size", "ladder")
 
 
 def parsed(parameter: str, value: object, kind: str) -> Any:
-    """The value that the kind's function returns; with "… or None", None and the text "none" are
-    None. Raises `ParameterError`: a value that the kind does not accept; ValueError: no such kind.
-    """
+    """What the kind's function returns; with "… or None", None for None and the text "none". Raises
+    `ParameterError`: a value that the kind does not accept; ValueError: no such kind."""
     name = kind.removesuffix(" or None")
     if name not in KINDS:
         raise ValueError(f"{parameter}: got kind {kind!r}; accepted: {', '.join(KINDS)}")

@@ -1,8 +1,7 @@
 """Own parts: a researcher's objectives, blocks, contexts and corpus formats, by name.
 
 A part is registered under a name by a decorator, or named as "module:function". Its source is part
-of a run's key, so that a changed part is another run.
-"""
+of a run's key, so that a changed part is another run."""
 
 from __future__ import annotations
 
@@ -30,13 +29,11 @@ def _built_in(*_: Any) -> Any:
     """Stands for the contexts of a built-in name, which `controls` has."""
 
 
-CONTEXTS = ("trained", "random", "zero", "shuffled", "window", "end_to_end")
-PARTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "objective": {},
-    "block": {},
-    "contexts": dict.fromkeys(CONTEXTS, _built_in),
-    "corpus_format": {},
-}
+CONTEXTS = ("trained", "random", "zero", "shuffled", "window", "end_to_end", "fine_tuned")
+JOINTLY = ("end_to_end", "fine_tuned")  # the ContextBlock is trained with the TokenBlock
+KINDS = ("objective", "block", "contexts", "corpus_format")
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}
+PARTS["contexts"] |= dict.fromkeys(CONTEXTS, _built_in)
 
 
 def is_built_in(part: object) -> bool:
@@ -96,24 +93,19 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     near = difflib.get_close_matches(name, PARTS[kind], 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     names = " or ".join(map(repr, PARTS[kind])) or "a registered name"
-    raise ParameterError(kind, name, f"{names}, or 'module:function'{hint}")
+    raise ParameterError(kind, name, f"{names}, one registered first, or 'module:function'{hint}")
 
 
 def own() -> dict[tuple[str, str], tuple[Callable[..., Any], str | None]]:
     """The registered parts of the caller's own, with their sources: what a worker is sent."""
-    return {
-        (kind, name): (part, source(kind, name))
-        for kind, parts in PARTS.items()
-        for name, part in parts.items()
-        if not is_built_in(part)
-    }
+    every = [(kind, name, part) for kind, parts in PARTS.items() for name, part in parts.items()]
+    return {(k, name): (part, source(k, name)) for k, name, part in every if not is_built_in(part)}
 
 
 def receive(parts: dict[tuple[str, str], tuple[Callable[..., Any], str | None]]) -> None:
     """In a worker: the caller's parts, whose sources only the caller can read."""
     for (kind, name), (part, digest) in parts.items():
-        PARTS[kind][name] = part
-        RECEIVED[kind, name] = digest
+        PARTS[kind][name], RECEIVED[kind, name] = part, digest
 
 
 def source(kind: str, name: str) -> str | None:
@@ -231,13 +223,10 @@ def check_objective(name: str, returned: Any, new: Tensor) -> None:
     ValueError: no pair of losses and figures, another shape than [K], a value that is not finite,
     or no gradient that reaches `new`."""
     groups = len(new)
+    how: dict[str, Any] = dict(retain_graph=True, allow_unused=True)
 
     def fits(one: object) -> bool:
         return isinstance(one, Tensor) and one.shape == (groups,)
-
-    def reached(losses: Tensor) -> bool:
-        (gradient,) = torch.autograd.grad(losses.sum(), new, retain_graph=True, allow_unused=True)
-        return gradient is not None
 
     pair = isinstance(returned, tuple) and len(returned) == 2
     losses, figures = returned if pair else (returned, None)
@@ -248,7 +237,7 @@ def check_objective(name: str, returned: Any, new: Tensor) -> None:
         got = f"losses of shape {tuple(losses.shape)}"
     elif not losses.isfinite().all():
         got = "a loss that is not finite"
-    elif not (losses.requires_grad and reached(losses)):
+    elif not losses.requires_grad or torch.autograd.grad(losses.sum(), new, **how)[0] is None:
         got = "losses without a gradient that reaches the new contexts"
     elif not isinstance(figures, Mapping) or not all(map(fits, figures.values())):
         got = "figures that are not a dict of one number a group"

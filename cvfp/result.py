@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvfp import baselines, store
+from cvfp import baselines, card, store
 from cvfp.build import build
 from cvfp.config import Experiment, ParameterError
 from cvfp.corpora import load_corpus
@@ -26,8 +26,7 @@ class Result:
     What does not apply is None or an empty list, never 0. A run that was given up in Phase 1
     (`aborted` says why) has nothing that comes from Phase 2. One that was stopped is `partial`: it
     has what there was, and is not stored. A control without contexts, or a peer, has none of their
-    figures.
-    """
+    figures."""
 
     key: str
     experiment: Experiment
@@ -55,7 +54,9 @@ class Result:
     val_conversations: list[dict[str, float]] = field(default_factory=list)
     val_positions: list[dict[str, float]] = field(default_factory=list)
     val_frequencies: list[dict[str, float]] = field(default_factory=list)
+    val_bigrams: list[dict[str, float]] = field(default_factory=list)
     context_sweeps: int | None = None
+    context_steps: int | None = None
     context_error: float | None = None
     contraction_rate: float | None = None
     memory_length: int | None = None
@@ -105,6 +106,9 @@ class Result:
     def _without(self, what: str) -> ParameterError:
         kind = self.experiment.model, self.experiment.contexts
         return ParameterError("model, contexts", kind, f"a run that has {what}")
+
+    def _repr_html_(self) -> str:
+        return card.html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, without the model."""

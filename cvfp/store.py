@@ -26,7 +26,17 @@ from cvfp.config import Experiment
 from cvfp.ops import placement
 
 DATA_CODE = ("corpora", "data", "embeddings", "hub", "tokenizer")
-MODEL_CODE = ("build", "contexts", "inputs", "metrics", "model", "ops", "recurrence", "seeds")
+MODEL_CODE = (
+    "build",
+    "contexts",
+    "inputs",
+    "metrics",
+    "model",
+    "ops",
+    "recurrence",
+    "seeds",
+    "variants",
+)
 PHASE1_CODE = (*DATA_CODE, *MODEL_CODE, "checkpoint", "objectives", "phase1")
 RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment", "result")
 
@@ -103,8 +113,7 @@ def write_phase1(
     """Keep a Phase 1, if it is not larger than all that may be kept; the oldest go for it.
 
     Contexts [T, D] are most of it. They are copied straight into a mapped file, without the
-    interpreter's lock, so that a thread can do it while Phase 2 trains.
-    """
+    interpreter's lock, so that a thread can do it while Phase 2 trains."""
     if contexts.nbytes + sum(tensor.nbytes for tensor in weights.values()) > PHASE1_BYTES:
         return
     path, rows = _phase1_paths(key)

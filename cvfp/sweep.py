@@ -16,7 +16,7 @@ from cvfp.build import build
 from cvfp.config import Experiment, ParameterError, plain
 from cvfp.data import load
 from cvfp.experiment import prepare, run
-from cvfp.progress import Stage
+from cvfp.progress import Whole
 from cvfp.result import Result, Results
 
 
@@ -65,8 +65,8 @@ def _runs(
         data, table = prepare(one)
         if one.model != "cvfp" or one.block != "published":
             build(one, table.weight, data.tokenizer)
-    results = []
-    with warnings.catch_warnings(), Stage("Sweep", len(experiments), unit="run", every=1) as stage:
+    results, work = [], [one.samples for one in experiments]
+    with warnings.catch_warnings(), Whole("Sweep", len(work), sum(work)) as every:
         if jobs == 1:
             finished: Iterable[Any] = (_run_one(one, gives_up) for one in experiments)
         else:
@@ -76,11 +76,12 @@ def _runs(
             finished = joblib.Parallel(jobs, return_as="generator")(
                 joblib.delayed(_run_apart)(one, gives_up, threads, own) for one in experiments
             )
-        for result in finished:
+        for _, result in zip(map(every.begin, work), finished, strict=True):
             results.append(result)
             row = {} if result is None else result.row()
             figures = {name: row.get(name) for name in (*shown, "val_ppl")}
-            stage.advance(1, {k: v for k, v in figures.items() if isinstance(v, (int, float))})
+            numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
+            every.finish(bool(result and result.from_store), numbers)
     return results
 
 

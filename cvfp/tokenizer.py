@@ -86,8 +86,7 @@ class Tokenizer:
 
         The pieces of a byte-level vocabulary tell it to the byte, where they add up to the text.
         Elsewhere (a normaliser, unknown words, blanks between words) the offsets do: a token covers
-        what lies between the last one's end and its own.
-        """
+        what lies between the last one's end and its own."""
         sizes = self._bytes_per_token[stream.tokens]
         byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
         parts = sizes.tensor_split(stream.starts[1:])  # views

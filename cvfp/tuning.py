@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cvfp import cache, packs
-from cvfp.config import Experiment, ParameterError
+from cvfp.config import PRESETS, Experiment, ParameterError
+from cvfp.progress import Whole
 from cvfp.result import Result
 from cvfp.sweep import runs
 
@@ -24,7 +26,11 @@ CVFP, SCALED, SETTLE = "CVFP, as published", "CVFP, own scales", "CVFP, first te
 RANDOM, RANDOM_SCALED = "random block, as published", "random block, own scales"
 ZERO, SHUFFLED, WINDOW = "no contexts, n = {}", "shuffled contexts", "plain window"
 JOINT, LSTM, TRANSFORMER = "end to end", "LSTM", "transformer"
-TRAINED_TABLE = "CVFP, table trained on"
+TRAINED_TABLE, REMEMBER, NEXT = "CVFP, table trained on", "remember", "next token as target"
+DELAY, DELAY_RANDOM = "delay line, PCA", "delay line, random"
+FINE_TUNED = "remember, then end to end"
+LEAKY, LEAKY_REMEMBER = "leaky block, untrained", "leaky block, remember"
+LEAKY_JOINT = "leaky block, end to end"
 
 
 @dataclass(frozen=True)
@@ -37,50 +43,44 @@ class Kind:
     like: str | None = None
 
 
-_RATE, _RATE1, _DECAY = "phase2_learning_rate", "phase1_learning_rate", "weight_decay"
-_SCALES = (_RATE, "context_std", "input_std", "token_block_std")
-_PEER = (_RATE, "dropout", _DECAY, "unroll")
-KINDS: Mapping[str, Kind] = {
-    CVFP: Kind({}, (_RATE, _RATE1, _DECAY)),
-    SCALED: Kind({}, _SCALES),
-    SETTLE: Kind({"objective": "settle"}, _SCALES),
-    RANDOM: Kind({"contexts": "random"}, (_RATE, _DECAY)),
-    RANDOM_SCALED: Kind({"contexts": "random"}, _SCALES),
-    **{
-        ZERO.format(n): Kind(
-            {"contexts": "zero", "num_input_tokens": n}, (_RATE, "token_block_std", _DECAY)
-        )
-        for n in (1, 2, 3, 4)
-    },
-    WINDOW: Kind(
-        {"contexts": "window", "window_tokens": 2},
-        (_RATE, "token_block_std", "window_tokens", _DECAY),
-    ),
-    SHUFFLED: Kind({"contexts": "shuffled"}, like=SCALED),
-    JOINT: Kind({"contexts": "end_to_end"}, (*_SCALES, *_PEER[1:])),
-    LSTM: Kind({"model": "lstm"}, _PEER),
-    TRANSFORMER: Kind({"model": "transformer"}, _PEER),
-    TRAINED_TABLE: Kind({"freeze_embedding": False}, _SCALES),
-}
+READ = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+
+
+def _kinds() -> dict[str, dict[str, Kind]]:
+    """The kinds of kinds.toml, by group."""
+
+    def kind(fields: dict[str, Any] | None = None, tuned: Sequence[str] = (), **like: str) -> Kind:
+        fields = dict(fields or {})
+        fields = {**PRESETS[fields.pop("preset", "mini")], **fields}
+        names = [name for one in tuned for name in (SCALES if one == "scales" else (one,))]
+        return Kind(fields, tuple(names), **like)
+
+    return {
+        group: {k: kind(**one) for k, one in rows.items()} for group, rows in READ["kinds"].items()
+    }
+
+
+SCALES = ("phase2_learning_rate", "context_std", "input_std", "token_block_std")
+GROUPS: Mapping[str, Mapping[str, Kind]] = _kinds()
+KINDS = {name: kind for group in GROUPS.values() for name, kind in group.items()}
+# What notebook 09 may run, by name.
+STUDIES: Mapping[str, Sequence[str]] = READ["studies"] | {k: list(GROUPS[k]) for k in GROUPS}
 FREE = ("device", "precision", "seed")  # that choices hold for, whatever they are
-# Where a search begins: the middle of what a first look found good.
-START = {"context_std": 0.5, "input_std": 2.0, "token_block_std": 1.0}  # times 1/√D
 
 
 def finished(file: Path, base: Experiment, choices: Choices, sizes: Sequence[int]) -> Groups:
-    """The finished runs of each kind with these choices that a pack holds (`python -m cvfp pack`),
-    in place of running them: on another device, in whatever precision, with any seed but those
-    that chose."""
+    """The finished runs of each kind with these choices in a pack (`python -m cvfp pack`): on any
+    device, in any precision, with any seed but those that chose. Raises `ParameterError`: none."""
     there = packs.results(file)
     groups: Groups = {}
     for kind in KINDS:
         chose = {row["seed"] for row in choices.get(KINDS[kind].like or kind, {}).values()}
-        for size in dict.fromkeys(sizes) if chose else ():
-            chosen = choice(choices, kind, size)
-            one = experiment(base.replace(samples=size), kind, **chosen)
-            found = [r for r in there if _is(r.experiment, one)]
-            found = [r for r in found if r.experiment.seed not in chose]
+        for size in dict.fromkeys(sizes):
+            one = started(base.replace(samples=size), kind, choices, size)
+            found = [r for r in there if _is(r.experiment, one) and r.experiment.seed not in chose]
             groups[kind] = groups.get(kind, []) + found
+    if not any(groups.values()):
+        raise ParameterError("finished", str(file), "a pack with runs of these sizes and choices")
     return {kind: runs for kind, runs in groups.items() if runs}
 
 
@@ -92,15 +92,7 @@ def _is(run: Experiment, one: Experiment) -> bool:
 def axes(names: Sequence[str], context_dim: int) -> Axes:
     """The values of these fields that may be tried. Scales go with 1/√D."""
     scales = [2.0**power / math.sqrt(context_dim) for power in range(-4, 4)]
-    known: dict[str, Sequence[float]] = {
-        "phase2_learning_rate": [x * 10**p for p in (-5, -4, -3, -2) for x in (1, 2, 5)],
-        "phase1_learning_rate": [x * 10**p for p in (-5, -4, -3, -2) for x in (1, 2, 5)],
-        **dict.fromkeys(("context_std", "input_std", "token_block_std"), scales),
-        "dropout": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
-        "weight_decay": [0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
-        "unroll": [8, 16, 32, 64, 128],
-        "window_tokens": [1, 2, 3, 4, 6, 8, 12, 16, 24, 32],
-    }
+    known = {**READ["axes"], **dict.fromkeys(READ["start"], scales)}
     return {name: [float(f"{value:.3g}") for value in known[name]] for name in names}
 
 
@@ -151,40 +143,62 @@ def choose(
     trials: int,
     *,
     file: Path | None = None,
-    kinds: Sequence[str] = tuple(KINDS),
+    kinds: Sequence[str] = tuple(GROUPS["controls"]),
     n_jobs: int = 1,
 ) -> Choices:
     """Each kind's choice at these sizes: those in the file, and by `search` what it lacks, written
     to it. A search begins at the choice of the nearest size, if there is one. `base` has the seed
     and epochs of all; its `selection` is set."""
-    choices = read(file)
-    searched = [(size, kind) for size in sizes for kind in kinds if KINDS[kind].tuned]
-    for size, kind in searched:
-        there = choices.setdefault(kind, {})
+    choices, searched = read(file), []
+    for size, kind in ((size, kind) for size in sizes for kind in kinds if KINDS[kind].tuned):
         one = base.replace(samples=size, selection="development")
         of = cache.digest({k: v for k, v in one.key_fields().items() if k not in FREE})
-        if (row := there.get(str(size))) is not None:
-            if row.get("of", of) != of:
-                accepted = f"choices of the same Experiment ({kind} at {size} is of another)"
-                raise ParameterError("choices", str(file), accepted)
-            continue
-        begin = experiment(one, kind, **(choice(choices, kind, size) if there else {}))
-        names = KINDS[kind].tuned
-        results, inside = search(begin, axes(names, base.context_dim), trials, n_jobs)
-        best = min(results, key=_loss)
-        rows = [{**_values(r, names), "dev_ppl": r.dev_ppl} for r in results]
-        row = {"choice": _values(best, names), "dev_ppl": best.dev_ppl, "inside": inside}
-        there[str(size)] = {**row, "seed": base.seed, "of": of, "trials": rows}
-        if file is not None:
-            write(file, choices)
+        if (row := choices.get(kind, {}).get(str(size))) is None:
+            searched.append((kind, one, of))
+        elif row.get("of", of) != of:
+            accepted = f"choices of the same Experiment ({kind} at {size} is of another)"
+            raise ParameterError("choices", str(file), accepted)
+    work = sum(one.samples for _, one, _ in searched)
+    with Whole("Choosing", trials * len(searched), trials * work):
+        for kind, one, of in searched:
+            there, names = choices.setdefault(kind, {}), KINDS[kind].tuned
+            begin = experiment(one, kind, **(choice(choices, kind, one.samples) if there else {}))
+            results, inside = search(begin, axes(names, base.context_dim), trials, n_jobs)
+            best = min(results, key=_loss)
+            rows = [{**_values(r, names), "dev_ppl": r.dev_ppl} for r in results]
+            row = {"choice": _values(best, names), "dev_ppl": best.dev_ppl, "inside": inside}
+            there[str(one.samples)] = {**row, "seed": base.seed, "of": of, "trials": rows}
+            if file is not None:
+                write(file, choices)
     return choices
 
 
 def experiment(base: Experiment, kind: str, **choice: Any) -> Experiment:
     """The Experiment as a kind of run, with what was chosen; else where its search begins."""
     one = KINDS[kind]
-    scales = {k: v / math.sqrt(base.context_dim) for k, v in START.items() if k in one.tuned}
+    scales = {
+        k: v / math.sqrt(base.context_dim) for k, v in READ["start"].items() if k in one.tuned
+    }
     return base.replace(**scales, **one.fields).replace(**choice)
+
+
+def started(base: Experiment, kind: str, choices: Choices, samples: int) -> Experiment:
+    """The Experiment as a kind of run with its choice; without one, where the search begins of the
+    kind whose choices it takes."""
+    own = KINDS[kind].like or kind
+    chosen = choice(choices, kind, samples) if own in choices else {}
+    begin = {name: getattr(experiment(base, own), name) for name in KINDS[own].tuned}
+    return experiment(base, kind, **{**begin, **chosen})
+
+
+def studied(studies: str) -> list[str]:
+    """The kinds of `STUDIES`, the reference first; raises `ParameterError`: another name."""
+    kinds = list(STUDIES["main"])
+    for name in studies.split(","):
+        if (name := name.strip()) not in STUDIES:
+            raise ParameterError("studies", name, " or ".join(map(repr, STUDIES)))
+        kinds += STUDIES[name]
+    return list(dict.fromkeys(kinds))
 
 
 def choice(choices: Choices, kind: str, samples: int) -> dict[str, Any]:

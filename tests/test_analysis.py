@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from synthetic import made
 
-from cvfp.analysis import published, readings, scaling
+import cvfp
+from cvfp.analysis import published, readings, scaling, style, tables
 
 
 def test_published_tables_say_where_they_are_from() -> None:
@@ -57,3 +61,43 @@ def test_reading_follows_the_numbers() -> None:
     worse = frame.assign(val_ppl=frame.val_ppl[::-1].to_numpy())
     law = scaling.fit(worse.train_tokens, worse.val_ppl)
     assert "does not fall" in readings.ladder(worse, law)
+
+
+# Tables that fit
+
+
+def test_the_lines_to_beat_stand_under_the_perplexity() -> None:
+    runs = [made({"samples": size, "seed": seed}) for size in (50, 2000) for seed in (0, 1)]
+    used = [column for *columns, _ in style.COLUMNS["runs"].values() for column in columns]
+    frame = cvfp.Results(runs).frame()
+    shown = tables.runs(frame.assign(**{name: 1.0 for name in used if name not in frame}))
+    assert list(shown) == [50, 2000]  # a size a column: few, whatever is measured
+    rows = list(shown.index)
+    assert rows[: rows.index("accuracy %")] == [
+        *("seeds", "tokens", "PPL", "PPL s.d."),
+        *("KN trigram fit+train", "KN fit+train", "table alone", "KN trigram", "KN bigram"),
+        "unigram",
+    ]
+
+
+def test_what_runs_ran_on_folds_into_two_lines() -> None:
+    """Two summaries that say what was run and on what, over tables that have all of it, escaped."""
+    evil = "<script>alert(1)</script>" + "x" * 60
+    rest: dict[str, Any] = dict(
+        val_tokens=5, embedding_dim=8, parameters={"head": 0}, versions={"torch": "2"}
+    )
+    rest |= dict(from_store=False, threads=1, device="cpu")
+    facts = tables.ran_on([made({"dataset": evil, "samples": 50}, **rest)])
+    assert facts.loc["seed", ""] == "42"
+    shown = facts._repr_html_()
+    assert "<script" not in shown
+    root = ET.fromstring(f"<div>{shown}</div>")
+    lines = list(root)
+    assert [line.tag for line in lines] == ["details"] * 2
+    said = ["".join(line[0].itertext()) for line in lines]
+    assert said[0].startswith(f"corpus {evil}; conversations 50, fitting")
+    assert said[1].startswith("device ")
+    opened = {
+        row.findtext("th"): row.findtext("td") for line in lines for row in line[1].iter("tr")
+    }
+    assert opened == dict(facts[""].astype(str))

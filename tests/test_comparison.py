@@ -13,7 +13,9 @@ from synthetic import LENGTHS, judged, made, student
 from cvfp import ParameterError, Result, Results, tuning
 from cvfp.analysis import comparison, intervals, plots, readings, tables
 from cvfp.analysis.comparison import COUNTED
-from cvfp.tuning import CVFP, JOINT, KINDS, LSTM, RANDOM, RANDOM_SCALED, SCALED, SHUFFLED, ZERO
+from cvfp.tuning import CVFP, GROUPS, JOINT, LSTM, RANDOM, RANDOM_SCALED, SCALED, SHUFFLED, ZERO
+
+KINDS = GROUPS["controls"]
 
 SIZES, SEEDS = (50, 100), (0, 1, 2)
 NONE, FAR_OFF = ZERO.format(1), tuning.TRAINED_TABLE
@@ -71,6 +73,18 @@ def test_every_kind_has_a_family() -> None:
     for family, kinds in FAMILIES.items():
         assert [comparison.family(kind) for kind in kinds] == [family] * len(kinds)
     assert {*KINDS, *COUNTED.values()} == {kind for kinds in FAMILIES.values() for kind in kinds}
+    found = {kind: comparison.family(kind) for kind in GROUPS["discovery"]}
+    first, untrained, alone, joint, _ = FAMILIES
+    assert found == {
+        tuning.REMEMBER: first,
+        tuning.NEXT: first,
+        tuning.DELAY: alone,
+        tuning.DELAY_RANDOM: alone,
+        tuning.LEAKY: untrained,
+        tuning.LEAKY_REMEMBER: first,
+        tuning.LEAKY_JOINT: joint,
+        tuning.FINE_TUNED: joint,
+    }
 
 
 def test_best_is_the_lowest_of_a_family_without_those_left_out() -> None:
@@ -93,8 +107,9 @@ def test_sizes_are_cvfps_and_others_may_lack_some() -> None:
     assert set(comparison.of_size(some, 50)) == {CVFP}
     assert comparison.against(some, 50) == {}
     assert set(comparison.against(some, 100)) == {LSTM}
+    assert comparison.sizes({LSTM: some[LSTM]}) == [70, 100]  # the first, where CVFP is left out
     with pytest.raises(ParameterError, match=r"groups: got .* accepted: runs of 'CVFP, as publ"):
-        comparison.sizes({LSTM: some[LSTM]})
+        comparison.sizes({})
 
 
 def test_pairs_are_of_the_seeds_that_both_have() -> None:

@@ -640,7 +640,7 @@ def test_what_a_gap_ran_on_is_said(any_case: Case) -> None:
     facts = tables.gap_ran_on(any_case.gap)[""]
     measured, one = any_case.gap, any_case.experiment
     assert facts["corpus"] == f"chitchat, 2 conversations, {measured.tokens:,} tokens"
-    assert facts["precision of Phase 1"] == one.precision
+    assert facts["precision"] == f"{one.precision} in Phase 1"
     assert facts["Phase 1 iterations"] == str(measured.iterations)
     assert facts["seed"] == str(one.seed)
     assert facts["exact contexts, sweeps"] == str(measured.exact.sweeps)
@@ -992,5 +992,5 @@ def test_a_block_that_ignores_contexts_uses_no_memory(tiny: Experiment) -> None:
 def test_a_model_without_contexts_has_no_memory_to_cut(
     tiny: Experiment, fields: dict[str, Any]
 ) -> None:
-    with pytest.raises(ParameterError, match=r"contexts: got .*'trained', 'random' or 'end_"):
+    with pytest.raises(ParameterError, match=r"contexts: got .*'trained', 'random', 'end_"):
         gap.memory(run(tiny.replace(**fields, phase2_epochs=1)), [1])

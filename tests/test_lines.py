@@ -22,7 +22,7 @@ HEART = (
     "recurrence",
     "metrics",
 )
-HEART_LINES, OPS_LINES, PACKAGE_LINES = 1100, 800, 10_900
+HEART_LINES, OPS_LINES, PACKAGE_LINES = 1100, 800, 11_500
 
 # Low to high; a module imports from its own layer and those before it. Packages stand for all that
 # is in them; modules that are not there are ignored.
@@ -36,6 +36,7 @@ LAYERS: list[list[str]] = [
         "abort",
         "baselines",
         "build",
+        "card",
         "checkpoint",
         "controls",
         "distributed",
@@ -48,6 +49,7 @@ LAYERS: list[list[str]] = [
         "pretrained",
         "result",
         "store",
+        "variants",
         "watch",
     ],
     ["sweep"],

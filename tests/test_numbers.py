@@ -94,7 +94,7 @@ def frame(results: list[Result]) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], pd.DataFrame]] = {
-    "runs": lambda bad: tables.runs(frame([*two(50), *two(100, **bad)])),
+    "runs": lambda bad: tables.runs(frame([*two(50), *two(100, **bad)])).T,
     "record": lambda bad: tables.record([*two(50), *two(100, **bad)]),
     "contrast": lambda bad: tables.contrast(
         [*two(50), *two(100, **bad)], [*two(50), *two(100)], "a", "b"
@@ -171,7 +171,7 @@ def test_only_a_rate_under_one_leaves_the_bound(
 ) -> None:
     monkeypatch.setattr(experiment, "diagnose", lambda *given: Recurrence(rate, None, []))
     block, inputs = amplifying()
-    exact = contexts.Contexts(torch.zeros(1, 1), [], 1, True, 1e-6)
+    exact = contexts.Contexts(torch.zeros(1, 1), [], 1, 1, True, 1e-6)
     experiment.diagnosed(block, inputs, exact)
     assert exact.converged == stays
     assert exact.error_bound == (1e-6 if stays else math.inf)

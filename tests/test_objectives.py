@@ -262,7 +262,7 @@ def test_a_built_in_name_stays_the_built_in() -> None:
 
 
 LATER = ("objective", "block", "context_std", "input_std", "token_block_std", "ops")
-LATER += ("dropout", "weight_decay", "objective_lags")
+LATER += ("dropout", "weight_decay", "objective_lags", "leak_tokens")
 LATER += tuple(f"phase1_{name}" for name in ("step", "decay", "fresh", "stop"))
 
 

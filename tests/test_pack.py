@@ -170,3 +170,7 @@ def test_finished_runs_are_those_of_the_choice_but_for_the_seed_that_chose(
     found = tuning.finished(tmp_path / "runs.zip", base, choices, sizes)
     assert list(found) == [kind]
     assert sorted(one.key for one in found[kind]) == sorted(one.key for one in runs[:2])
+    with pytest.raises(
+        ParameterError, match=r"^finished: got .*runs\.zip.*these sizes and choices"
+    ):
+        tuning.finished(tmp_path / "runs.zip", base, choices, [tiny.samples + 1])

@@ -267,7 +267,7 @@ def test_table_of_shapes() -> None:
     third = run(2, val_ppl=None, seconds={"phase1": 4.0})
     table: Any = tables.shapes({"deep": [first, second], "wide": [third]})
     assert table.loc[("deep", 50)].tolist() == [
-        *("12,345", "678", "95.0", "20.0", "77.0", "25", "99.5", "10", "2.5", "3.0", "4.0")
+        *("95.0", "12,345", "678", "3.0", "4.0", "20.0", "77.0", "25", "99.5", "10", "2.5")
     ]
     missing = ["PPL", "memory, tokens", "Phase 2, s"]
     assert table.loc[("wide", 50), missing].tolist() == ["–"] * 3

@@ -178,7 +178,7 @@ def test_axes_hold_where_searches_begin_and_what_may_be_run() -> None:
             assert list(values) == sorted(set(values))
             for value in values:
                 BASE.replace(**{name: type(getattr(BASE, name))(value)})
-        for name, value in tuning.START.items():
+        for name, value in tuning.READ["start"].items():
             assert float(f"{value / math.sqrt(width):.3g}") in axes[name][1:-1]
     narrow, wide = tuning.axes(["context_std"], 64), tuning.axes(["context_std"], 256)
     assert [2 * value for value in wide["context_std"]] == pytest.approx(
@@ -261,9 +261,9 @@ def test_a_kinds_experiment_has_its_fields_and_what_it_chose() -> None:
         began = tuning.experiment(BASE, kind)
         changed = {k for k, v in began.to_dict().items() if v != getattr(BASE, k)}
         differs = {k for k, v in one.fields.items() if v != getattr(BASE, k)}
-        assert changed == differs | (set(tuning.START) & set(one.tuned))
-        for name in set(tuning.START) & set(one.tuned):
-            assert getattr(began, name) == tuning.START[name] / math.sqrt(BASE.context_dim)
+        assert changed == differs | (set(tuning.READ["start"]) & set(one.tuned))
+        for name in set(tuning.READ["start"]) & set(one.tuned):
+            assert getattr(began, name) == tuning.READ["start"][name] / math.sqrt(BASE.context_dim)
     chosen = tuning.experiment(BASE, WINDOW, window_tokens=4, weight_decay=0.3)
     assert (chosen.contexts, chosen.window_tokens, chosen.weight_decay) == ("window", 4, 0.3)
     assert tuning.experiment(BASE, SHUFFLED, context_std=0.7).context_std == 0.7

@@ -1,7 +1,6 @@
 """The notes' claims in their parts, what was measured of each, and the rules that compare the two.
 
-The claims stand in claims.toml, which also says what the fields of `Claim` and `Part` are.
-"""
+The claims stand in claims.toml, which also says what the fields of `Claim` and `Part` are."""
 
 from __future__ import annotations
 

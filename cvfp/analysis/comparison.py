@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cvfp.analysis import intervals
+from cvfp.analysis import intervals, style
 from cvfp.analysis.intervals import Paired
 from cvfp.config import ParameterError
 from cvfp.result import Result
@@ -17,16 +17,7 @@ from cvfp.tuning import CVFP, KINDS
 
 Groups = Mapping[str, Sequence[Result]]  # runs by kind
 
-# Models without any training by gradients, on the same tokens: `baselines.NAMES`.
-COUNTED: Mapping[str, str] = {
-    "kneser_ney": "Kneser–Ney bigram",
-    "kneser_ney_both": "Kneser–Ney bigram, fitting + training",
-    "trigram": "Kneser–Ney trigram",
-    "trigram_both": "Kneser–Ney trigram, fitting + training",
-    "table": "fitted table alone",
-}
-
-
+COUNTED: Mapping[str, str] = style.COLUMNS["counted"]  # models that only count
 USED = 0.002  # change of perplexity that a cut of the contexts must cost to count
 
 
@@ -35,16 +26,15 @@ def family(kind: str) -> str:
     if kind not in KINDS:
         return "counted"
     fields = KINDS[kind].fields
-    by_contexts = {"random": "contexts of an untrained block", "end_to_end": "end to end"}
-    by_contexts |= dict.fromkeys(("zero", "window", "shuffled"), "tokens alone")
     if "model" in fields:
         return "end to end"
-    return by_contexts.get(fields.get("contexts", ""), "contexts of Phase 1")
+    return str(style.COLUMNS["families"].get(fields.get("contexts"), "contexts of Phase 1"))
 
 
 def best(ppl: Mapping[str, float], of: str, but: Sequence[str] = ()) -> str:
-    """The kind of a family with the lowest perplexity."""
-    return min((k for k in ppl if family(k) == of and k not in but), key=lambda kind: ppl[kind])
+    """The kind of a family with the lowest perplexity; "" where there is none."""
+    kinds = [kind for kind in ppl if family(kind) == of and kind not in but]
+    return min(kinds, key=lambda kind: ppl[kind], default="")
 
 
 def at(results: Sequence[Result], samples: int) -> list[Result]:
@@ -52,12 +42,20 @@ def at(results: Sequence[Result], samples: int) -> list[Result]:
     return [one for one in results if one.experiment.samples == samples]
 
 
+def reference(groups: Groups) -> str:
+    """The kind that others are compared with: CVFP as published, or where it is left out, the
+    first."""
+    return CVFP if CVFP in groups else next(iter(groups), CVFP)
+
+
 def sizes(groups: Groups) -> list[int]:
-    """The sizes that CVFP has; at any of them another kind may have no runs. Raises
+    """The sizes that the reference has; at any of them another kind may have no runs. Raises
     `ParameterError`: there is none."""
-    there = sorted({one.experiment.samples for one in groups.get(CVFP, ())})
+    there = sorted({one.experiment.samples for one in groups.get(reference(groups), ())})
     if not there:
-        raise ParameterError("groups", list(groups), f"runs of {CVFP!r}, the reference")
+        raise ParameterError(
+            "groups", list(groups), f"runs of {reference(groups)!r}, the reference"
+        )
     return there
 
 
@@ -68,10 +66,12 @@ def of_size(groups: Groups, samples: int) -> dict[str, list[Result]]:
 
 
 def against(groups: Groups, samples: int) -> dict[str, Paired]:
-    """The change of perplexity of each kind against CVFP, at one size: paired over held-out
-    conversations and the seeds that both have."""
-    runs = of_size(groups, samples)
-    return {kind: shared(there, runs[CVFP]) for kind, there in runs.items() if kind != CVFP}
+    """The change of perplexity of each kind against the reference, at one size: paired over
+    held-out conversations and the seeds that both have; of kinds that share one."""
+    runs, first = of_size(groups, samples), reference(groups)
+    seeds = {kind: {one.experiment.seed for one in there} for kind, there in runs.items()}
+    kinds = [kind for kind in runs if kind != first and seeds[kind] & seeds[first]]
+    return {kind: shared(runs[kind], runs[first]) for kind in kinds}
 
 
 def shared(first: Sequence[Result], second: Sequence[Result]) -> Paired:
@@ -96,7 +96,7 @@ def rows(groups: Groups) -> list[dict[str, Any]]:
             row["seconds"] = float(np.mean([training_seconds(one) for one in runs]))
             found.append(row)
         for key, name in COUNTED.items():
-            if line := at(groups[CVFP], size)[0].baselines[key]:
+            if line := at(groups[reference(groups)], size)[0].baselines[key]:
                 found.append({"samples": size, "kind": name, "ppl": line["ppl"]})
     return found
 
@@ -117,14 +117,9 @@ def training_seconds(result: Result) -> float:
 
 
 def by_bin(groups: Groups, samples: int, column: str, reference: str) -> pd.DataFrame:
-    """Nats per token of each kind less the reference's, bin by bin, mean over seeds.
-
-    Args:
-        column: "val_positions" or "val_frequencies".
-
-    Returns:
-        Columns kind, low (least value in the bin), tokens, nats.
-    """
+    """Nats per token of each kind less the reference's, bin by bin, mean over seeds, of the runs'
+    "val_positions", "val_frequencies" or "val_bigrams": columns kind, low (least value in the bin),
+    tokens, nats."""
     rows = [
         {"kind": kind, "low": row["low"], "tokens": row["tokens"], "nats": row["nats"]}
         for kind, results in groups.items()
@@ -138,12 +133,9 @@ def by_bin(groups: Groups, samples: int, column: str, reference: str) -> pd.Data
 
 
 def memory(seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """`gap.memory` of several seeds: for each k the change of perplexity against whole contexts.
-
-    Returns:
-        Columns k (tokens), change, low, high (95 %, over seeds and conversations; None for one
-        seed).
-    """
+    """`gap.memory` of several seeds: for each k the change of perplexity against whole contexts,
+    with its 95 % interval over seeds and conversations (None for one seed): columns k (tokens),
+    change, low, high."""
     rows = []
     for name in seeds[0].columns[2:]:
         nats = np.array([frame[name] - frame.nats for frame in seeds])

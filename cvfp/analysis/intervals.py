@@ -142,8 +142,8 @@ def mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
 
 def jackknife(value: float, without: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Interval of an estimate from the estimates that leave out one cluster each: Student's t, one
-    degree of freedom less than clusters. None with fewer than two clusters, or where the estimate
-    does not exist (None in `without`) once one of them is left out."""
+    degree of freedom less than clusters. None with fewer than two, or where an estimate without one
+    of them does not exist (None in `without`)."""
     left = [one for one in without if one is not None]
     count = len(without)
     if count < 2 or len(left) < count:

@@ -1,8 +1,7 @@
 """The ledger of claims: what the notes say, their tables give and runs of this kit measured.
 
 A notebook that measures claims stores the measurements with `record`;
-`python -m cvfp.analysis.ledger FILE` writes the page.
-"""
+`python -m cvfp.analysis.ledger FILE` writes the page."""
 
 from __future__ import annotations
 
@@ -95,12 +94,9 @@ def rows(ids: Sequence[str], measured: Iterable[Measurement]) -> str:
 def markdown(measured: Iterable[Measurement]) -> str:
     """The whole ledger as a page: how to read it, the table, and each claim in full."""
     judged = corrected(measured)
-    counts = pd.DataFrame(
-        [(m.setting, m.direction) for m in judged], columns=["setting", "verdict"]
-    )
-    table = pd.crosstab(counts.setting, counts.verdict).reindex(
-        index=SETTINGS, columns=get_args(claims.Verdict), fill_value=0
-    )
+    counts = pd.DataFrame([(m.setting, m.direction) for m in judged], columns=["setting", "said"])
+    table, verdicts = pd.crosstab(counts.setting, counts.said), get_args(claims.Verdict)
+    table = table.reindex(index=SETTINGS, columns=verdicts, fill_value=0)
     table = table.assign(measured=table.sum(axis=1)).reset_index().astype(str)
     head = ["# The claims of the notes, one by one", claims.ABOUT, _lines(table)]
     summary = frame(CLAIMS, judged).drop(columns=["sentence", "quantity"])

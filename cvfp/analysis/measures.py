@@ -2,8 +2,7 @@
 
 Where runs differ by seed alone, the interval is over seeds, and over held-out conversations where
 the number is made of their nats; where a claim is about configurations, it is over configurations,
-each the mean of its sizes and seeds. A part that the runs cannot measure is left out.
-"""
+each the mean of its sizes and seeds. A part that the runs cannot measure is left out."""
 
 from __future__ import annotations
 
@@ -52,10 +51,8 @@ class Source:
             usual = Experiment.preset(preset)
             if all(getattr(exp, name) == getattr(usual, name) for name in CORPUS):
                 self.setting = preset
-        self.ran_on = (
-            f"{exp.dataset}, {exp.tokenizer} ({one.vocab_size:,}), table {exp.embedding}, "
-            f"{one.device_name}, {one.precision}"
-        )
+        where = f"table {exp.embedding}, {one.device_name}, {one.precision}"
+        self.ran_on = f"{exp.dataset}, {exp.tokenizer} ({one.vocab_size:,}), {where}"
 
     def measured(
         self, name: str, n: int, words: str, estimate: Estimate, p: float | None = None
@@ -210,28 +207,26 @@ def matrix(results: Results) -> pd.DataFrame:
     of er and er_gap (percentage points), over_size (log PPL less its mean over the size's runs) and
     rule_error (relative, of 500 − 4·ER as PPL), and whether all runs converge."""
     frame = results.frame()
-    frame = frame.assign(converges=frame.converged >= frame.convergence_rate)
     # A run that was given up has no perplexity, and did not converge either.
-    converges = frame.groupby(FIELDS).converges.all()
+    converged = (frame.converged >= frame.convergence_rate).rename("converges")
+    converges = converged.groupby([frame[name] for name in FIELDS]).all()
     frame = frame[frame.val_ppl.notna()]
     logs = np.log(frame.val_ppl)
-    frame = frame.assign(
-        er=100 * frame.val_er,
-        er_gap=100 * (frame.train_er - frame.val_er).abs(),
-        over_size=logs - logs.groupby(frame.samples).transform("mean"),
-        rule_error=((500 - 400 * frame.val_er) / frame.val_ppl - 1).abs(),
-    )
-    means = frame.groupby(FIELDS)[["er", "er_gap", "over_size", "rule_error"]].mean()
-    return means.join(converges)
+    columns = {
+        "er": 100 * frame.val_er,
+        "er_gap": 100 * (frame.train_er - frame.val_er).abs(),
+        "over_size": logs - logs.groupby(frame.samples).transform("mean"),
+        "rule_error": ((500 - 400 * frame.val_er) / frame.val_ppl - 1).abs(),
+    }
+    return frame.assign(**columns).groupby(FIELDS)[list(columns)].mean().join(converges)
 
 
 def configurations(results: Results, source: Source) -> Measured:
     """C5, C11-C14 and C16-C18, from a matrix of configurations, all at the same sizes and seeds.
 
     Two diversity weights of one shape give nearly the same run: as two samples they would narrow
-    every interval without new evidence. The samples are therefore shapes (all fields but the
-    weight), averaged over weights; only those of C11, which is about the weight, are not.
-    """
+    every interval without new evidence. The samples are therefore shapes, averaged over weights;
+    only those of C11, which is about the weight, are not."""
     merged = Results(
         replace(one, experiment=one.experiment.replace(dist_reg_weight=0.0)) for one in results
     )

@@ -2,8 +2,7 @@
 
 Runs are not independent: those of one configuration are alike at every size and seed. Errors and
 intervals therefore count configurations, each left out whole, and not runs. `frame` is
-`Results.frame()` throughout: one corpus, one tokeniser.
-"""
+`Results.frame()` throughout: one corpus, one tokeniser."""
 
 from __future__ import annotations
 
@@ -19,13 +18,7 @@ from scipy import stats
 from cvfp.analysis import intervals, scaling, style
 from cvfp.config import ParameterError
 
-CONFIGURATION = (
-    "num_layers",
-    "context_dim",
-    "num_input_tokens",
-    "dist_reg_weight",
-    "token_input_all_layers",
-)
+CONFIGURATION = tuple[str, ...](style.COLUMNS["configuration"])
 # What `matrix` correlates: column and name on the page.
 LABELS: Mapping[str, str] = style.COLUMNS["matrix"]
 
@@ -33,17 +26,7 @@ RULE = "500 − 4·ER"
 TOKENS_AND_ER = "tokens and ER, refitted"
 TOKENS_ONLY = "tokens only"
 MEAN = "mean of the others"
-# Each form of log PPL (natural logarithm; er in percent): fixed coefficients, and the columns
-# whose coefficients are fitted. Note 004 prints α as a range: both its ends are here.
-FORMS: Mapping[str, tuple[Mapping[str, float], tuple[str, ...]]] = {
-    RULE: ({"log_rule": 1.0}, ()),
-    "published coefficients, α −0.46": ({"log_tokens": -0.46, "er": -0.02}, ("one",)),
-    "published coefficients, α −0.55": ({"log_tokens": -0.55, "er": -0.02}, ("one",)),
-    TOKENS_AND_ER: ({}, ("log_tokens", "er", "one")),
-    TOKENS_ONLY: ({}, ("log_tokens", "one")),
-    "training PPL": ({}, ("log_train_ppl", "one")),
-    MEAN: ({}, ("one",)),
-}
+FORMS: Mapping[str, Mapping[str, Any]] = style.COLUMNS["formulas"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +59,10 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation:
 
 
 def matrix(frame: pd.DataFrame, ranks: bool = False, within: str = "") -> pd.DataFrame:
-    """Pearson's r (`ranks`: Spearman's) of every two columns of `LABELS` over the runs that have a
-    perplexity; `within` "configuration" or "train_tokens": of what those that share it differ by.
-
-    Without the columns that are the same in every run. Runs of one configuration are alike, so that
-    no p belongs to these figures. Raises ValueError: a column that is not there, or under 3 runs.
-    """
+    """Pearson's r (`ranks`: Spearman's) of every two columns of `LABELS` that vary, over the runs
+    that have a perplexity; `within` "configuration" or "train_tokens": of what those that share it
+    differ by. Runs of one configuration are alike, so that no p belongs to these figures. Raises
+    ValueError: a column that is not there, or under 3 runs."""
     runs = _runs(frame)
     if len(runs) < 3:
         raise ParameterError("frame", f"{len(runs)} runs with a perplexity", "3 or more")
@@ -106,14 +87,10 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
         several = np.ptp(group.train_tokens) > 0
         law = scaling.fit(group.train_tokens, group.val_ppl) if several else None
         last = group[group.train_tokens == group.train_tokens.max()]
-        rows[str(label)] = {
-            **{name: group[name].iloc[0] for name in CONFIGURATION},
-            "alpha": None if law is None else law.alpha,
-            "alpha_error": None if law is None else law.alpha_error,
-            "val_er": last.val_er.mean(),
-            "val_ppl": last.val_ppl.mean(),
-            "phase1_iterations": group.phase1_iterations.mean(),
-        }
+        row = {name: group[name].iloc[0] for name in CONFIGURATION}
+        row |= {name: law and getattr(law, name) for name in ("alpha", "alpha_error")}
+        row |= last[["val_er", "val_ppl"]].mean().to_dict()
+        rows[str(label)] = row | {"phase1_iterations": group.phase1_iterations.mean()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("configuration")
     return table.sort_values(list(CONFIGURATION)).astype({"alpha": float, "alpha_error": float})
 
@@ -121,10 +98,9 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
 def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     """How well each formula predicts perplexity, above all of a configuration it has not seen.
 
-    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms: note 004 does not say
-    which; ER of the exact validation contexts in percent; one γ for all) but "training PPL", by its
-    logarithm, and "500 − 4·ER", note 004's rule for PPL itself. A column that is the same in every
-    run is left out of the fit.
+    All of `FORMS` are log PPL = α·log tokens + β·ER + γ (natural logarithms, ER of the exact
+    validation contexts in percent, one γ for all) but "training PPL", by its logarithm, and
+    note 004's rule for PPL itself. A column that is the same in every run is not fitted.
 
     Indexed by predictor: fitted (how many parameters), alpha, beta (log PPL per point of ER); error
     (mean |predicted / measured PPL − 1| on the runs fitted); left_out_error, left_out_worst (where
@@ -133,8 +109,8 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     there, or under three configurations."""
     runs = _runs(frame, configurations=3)
     rows = {}
-    for name, (fixed, fitted) in FORMS.items():
-        columns = _varying(runs, fitted)
+    for name, form in FORMS.items():
+        fixed, columns = form["fixed"], _varying(runs, form["fitted"])
         row: dict[str, float | None] = {"fitted": len(columns)}
         if (found := _fit(runs, fixed, columns)) is not None:
             row |= {"alpha": found.get("log_tokens"), "beta": found.get("er")}
@@ -167,8 +143,7 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
     runs = _runs(frame, configurations=3)
     errors = []
     for name in (TOKENS_ONLY, TOKENS_AND_ER):
-        fixed, fitted = FORMS[name]
-        left = _left_out(runs, fixed, _varying(runs, fitted))
+        left = _left_out(runs, FORMS[name]["fixed"], _varying(runs, FORMS[name]["fitted"]))
         if left is None:
             got = f"runs that do not determine {name!r} without one of the configurations"
             accepted = "sizes and effective ranks that vary apart from one another"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -33,17 +33,15 @@ def _say(reading: str, piece: str = "text", **figures: Any) -> str:
 
 def against_baselines(ppl: float, lines: dict[str, float | None]) -> str:
     """Sentences (Markdown) that say where `ppl` stands among its baselines' perplexities."""
-    said = [f"CVFP's validation perplexity is {ppl:.1f}. Beside it:", ""]
+    said = [_say("baselines", "head", ppl=ppl), ""]
     for name, words in RIVALS.items():
-        value, told = lines[name], "not there with this tokeniser and table."
+        value, told = lines[name], _say("baselines", "missing")
         if value is not None:
             side = "under" if ppl < value else "**over**"
             told = f"{value:.1f}; CVFP is {abs(ppl / value - 1):.1%} {side} it."
         said.append(f"- {words}: {told}")
     least, best = min((value, name) for name, value in lines.items() if value is not None)
-    verdict = "CVFP has the lowest perplexity of these."
-    if ppl >= least:
-        verdict = f"**A baseline wins** at this size, with a lower perplexity: {NAMES[best]}."
+    verdict = _say("baselines", "wins" if ppl >= least else "lowest", best=NAMES[best])
     return "\n".join([*said, "", verdict])
 
 
@@ -74,13 +72,10 @@ def ladder(frame: pd.DataFrame, law: PowerLaw) -> str:
     lines = {name: None if pd.isna(value) else float(value) for name, value in ppl.items()}
     capped = sorted(set(frame.samples[frame.best_epoch == frame.phase2_epochs]))
     sizes, ends, seeds = ", ".join(map(str, capped)), law.interval(), len(set(frame.seed))
+    figures = dict(law=law, first=means.iloc[0], last=last, low=means.index[0], high=high)
     return _say(
         "ladder",
-        law=law,
-        first=means.iloc[0],
-        last=last,
-        low=means.index[0],
-        high=high,
+        **figures,
         falls="falls" if law.alpha < 0 else "does not fall",
         within=_say("ladder", "interval" if ends else "no_interval", law=law, ends=ends),
         r2="" if law.r2 is None else f", R² {law.r2:.3f}",
@@ -103,12 +98,11 @@ def own_parts(groups: comparison.Groups) -> str:
     """What each own part changes against the published one, at the largest size, in Markdown."""
     size = comparison.sizes(groups)[-1]
     pairs = comparison.against(groups, size)
-    lines = [
-        f"- **{kind}**: {change(pair)}. "
-        + ("The same figures." if not any(pair.by_seed) else _side(pair, "Better", "Worse"))
-        for kind, pair in pairs.items()
-    ]
-    return "\n".join([f"Perplexity against the published parts, {size} conversations:", "", *lines])
+    lines = [_say("own_parts", "head", size=size), ""]
+    for kind, pair in pairs.items():
+        side = _side(pair, "Better", "Worse") if any(pair.by_seed) else _say("own_parts", "same")
+        lines.append(f"- **{kind}**: {change(pair)}. {side}")
+    return "\n".join(lines)
 
 
 def parallel(gap: Gap, times: pd.DataFrame, pair: Paired) -> str:
@@ -158,14 +152,12 @@ def shapes(
         rises = [x for x in map(stopping.rise, runs) if x is not None]
         piece = "rise" if len(rises) == len(runs) else "not_reached"
         epochs.append(_say("shapes", piece, name=name, rise=sum(rises) / len(runs)))
+    figures: dict[str, Any] = dict(size=size, deep=deep, wide=wide, change=change(pair))
     return _say(
         "shapes",
-        size=size,
-        change=change(pair),
+        **figures,
         ranks=[sum(one.ranks[1] for one in runs) / len(runs) for runs in (ours, theirs)],
         verdict=_side(pair, "Tokens in every layer are better", "Equal-decrease is better"),
-        deep=deep,
-        wide=wide,
         steeper="wide" if wide.alpha < deep.alpha else "deep",
         crossover=scaling.crossover(deep, wide).words(),
         epochs=", ".join(epochs),
@@ -183,12 +175,9 @@ def nearest(
 
 
 def _side(pair: Paired, better: str, worse: str) -> str:
-    return {
-        None: "One seed: no interval.",
-        -1: f"{better}, beyond chance.",
-        1: f"{worse}, beyond chance.",
-        0: "No difference can be told from chance.",
-    }[intervals.side(pair.low, pair.high)]
+    lies = intervals.side(pair.low, pair.high)
+    piece = "one_seed" if lies is None else ("neither", "worse", "better")[lies]
+    return _say("sides", piece, better=better, worse=worse)
 
 
 def forms(tokens: ArrayLike, ppl: ArrayLike) -> str:
@@ -213,14 +202,12 @@ def patience(results: Sequence[Result], first: int, second: int) -> str:
     changes = [one.val_ppl[second] / one.val_ppl[first] - 1 for one in replays]
     middle, low, high = intervals.mean(changes)
     piece, ppl = "one_seed" if low is None else "interval", replays[0].val_ppl
+    figures: dict[str, Any] = dict(first=first, second=second, middle=middle, runs=len(changes))
     return _say(
         "patience",
-        first=first,
-        second=second,
-        middle=middle,
+        **figures,
         within=_say("patience", piece, low=low, high=high, seeds=len(changes)),
         gained=sum(value < 0 for value in changes),
-        runs=len(changes),
         last=ppl["none, last kept"] / ppl["none, best kept"] - 1,
     )
 
@@ -233,8 +220,7 @@ def predictions(results: Results, scores: pd.DataFrame) -> str:
     rule = prediction.predictors(frame).loc[prediction.RULE]
     verdicts = {1: "helps, beyond chance", -1: "hurts, beyond chance"}
     adds = verdicts.get(intervals.side(gain.low, gain.high) or 0, "cannot be told from nothing")
-    ends = dict(low=gain.low, high=gain.high)
-    within = "" if gain.low is None else _say("predictions", "interval", **ends)
+    within = "" if gain.low is None else _say("predictions", "interval", gain=gain)
     figures = dict(gain=gain, within=within, adds=adds, rule=rule.error)
     said = [_say("predictions", "rank", **figures)]
     if table.alpha.notna().all() and len(table) > 3:
@@ -258,37 +244,53 @@ def early_abort(results: Results) -> str:
     over = frame.val_ppl / frame.groupby("train_tokens").val_ppl.transform("median") - 1
     gone = [i for i, one in enumerate(results) if abort.reason(one.phase1_history)]
     reach = (frame.phase1_iterations >= abort.ITERATION).sum()
-    figures: dict[str, Any] = dict(runs=len(frame), iteration=abort.ITERATION, gone=len(gone))
-    said = _say("early_abort", reach=reach, **figures)
+    figures: dict[str, Any] = dict(runs=len(frame), iteration=abort.ITERATION, reach=reach)
+    said = _say("early_abort", gone=len(gone), **figures)
     if not gone:
         return said
     rest = 1 - (abort.ITERATION - 1) / (frame.phase1_iterations - 1)
     saved = rest * frame.seconds_phase1 + frame.seconds_contexts + frame.seconds_phase2
-    return said + _say(
-        "early_abort",
-        "saved",
-        saved=saved[gone].sum(),
-        seconds=frame.filter(regex="^seconds_").sum().sum(),
-        least=frame.val_ppl[gone].min(),
-        most=frame.val_ppl[gone].max(),
-        over=over[gone].mean(),
-        better=(over[gone] < 0).sum(),
-    )
+    ppl, over = frame.val_ppl[gone].agg(["min", "max"]), over[gone]
+    figures = dict(ppl=ppl, over=over.mean(), better=(over < 0).sum(), saved=saved[gone].sum())
+    seconds = frame.filter(regex="^seconds_").sum().sum()
+    return said + _say("early_abort", "saved", seconds=seconds, **figures)
+
+
+def _chosen(runs: Mapping[str, Sequence[Result]]) -> tuple[dict[str, float], str]:
+    """Perplexity of each kind on development text (not on what judges, where there is another), and
+    the best kind of tokens alone."""
+    ppl = {kind: gmean([x.dev_ppl or x.val_ppl for x in there]) for kind, there in runs.items()}
+    return ppl, comparison.best(ppl, "tokens alone", but=(tuning.SHUFFLED,))
+
+
+def discovery(groups: comparison.Groups) -> str:
+    """What an objective without a target, and slower forgetting, are worth, in Markdown, size by
+    size: pairs of kinds that share seeds. The best without contexts is so on development text."""
+    said = []
+    for size in comparison.sizes(groups):
+        runs = comparison.of_size(groups, size)
+        _, tokens = _chosen(runs)
+        lines = [f"**{size} conversations**", ""]
+        for words, *names in _SAID["discovery"]["questions"]:
+            first, second = (tokens if name == "TOKENS" else name for name in names)
+            ours, theirs = runs.get(first, []), runs.get(second, [])
+            seeds = {x.experiment.seed for x in ours} & {x.experiment.seed for x in theirs}
+            if seeds:
+                pair = comparison.shared(ours, theirs)
+                side = _side(pair, "Better", "Worse")
+                lines.append(f"- {words.format(tokens=tokens)}: {change(pair)}. {side}")
+        said.append("\n".join(lines))
+    return "\n\n".join(said)
 
 
 def controls(groups: comparison.Groups) -> str:
-    """What each part of CVFP adds, and what is better than CVFP, in Markdown, size by size.
-
-    Args:
-        groups: runs by the kinds of `tuning.KINDS`, all at the same sizes and seeds.
-    """
+    """What each part of CVFP adds, and what is better than CVFP, in Markdown, size by size: runs by
+    the kinds of `tuning.KINDS`, all at the same sizes and seeds."""
     said = []
     for size in comparison.sizes(groups):
         runs = comparison.of_size(groups, size)
         ppl = {kind: gmean([one.val_ppl or 1.0 for one in there]) for kind, there in runs.items()}
-        # Not by what judges, where there is something else.
-        chose = {k: gmean([one.dev_ppl or one.val_ppl for one in runs[k]]) for k in ppl}
-        tokens = comparison.best(chose, "tokens alone", but=(tuning.SHUFFLED,))
+        chose, tokens = _chosen(runs)
         ours = comparison.best(chose, "contexts of Phase 1")
         asked = [(words, *(getattr(tuning, name) for name in pair)) for words, *pair in QUESTIONS]
         asked.append((f"the best contexts of Phase 1 ({ours}) over {tokens}", ours, tokens))
@@ -305,15 +307,10 @@ def controls(groups: comparison.Groups) -> str:
         }
         least = min(counted, key=lambda name: counted[name])
         ahead = [kind for kind in ppl if ppl[kind] < counted[least]]
-        lines.append(
-            f"- of what only counts, the {least} has the lowest perplexity, {counted[least]:.1f}; "
-            f"lower than that: {', '.join(ahead) or 'none'}."
-        )
+        names = ", ".join(ahead) or "none"
+        lines.append(_say("controls", "counts", least=least, ppl=counted[least], ahead=names))
         said.append("\n".join(lines))
     every = [one for runs in groups.values() for one in runs]
     ended = [one for one in every if one.best_epoch == one.experiment.phase2_epochs]
-    said.append(
-        f"{len(every) - len(ended)} of {len(every)} runs were past their best epoch when they "
-        "stopped" + (", the others are bounds." if ended else ".")
-    )
-    return "\n\n".join(said)
+    piece, past = "some_ended" if ended else "none_ended", len(every) - len(ended)
+    return "\n\n".join([*said, _say("controls", piece, past=past, count=len(every))])

@@ -1,7 +1,6 @@
 """The claims' figures once more, from the notes' own tables in `published` alone.
 
-Shares and relative changes are fractions, effective rank is in percent.
-"""
+Shares and relative changes are fractions, effective rank is in percent."""
 
 from __future__ import annotations
 
@@ -51,12 +50,10 @@ def _c2() -> dict[str, float]:
     positions = published.table("000_positions")
     mse = np.append(positions.mse, whole["mse"])
     cosine = np.append(positions.cosine, whole["cosine_mean"])
-    return {
-        # LayerNorm leaves every context with a squared norm of D.
-        "cosine_from_mse": 1 - whole["mse"] / 2,
-        "largest_mismatch": np.abs(1 - mse / 2 - cosine).max(),
-        "root_mse": math.sqrt(whole["mse"]),
-    }
+    # LayerNorm leaves every context with a squared norm of D.
+    mismatch, mean = np.abs(1 - mse / 2 - cosine).max(), 1 - whole["mse"] / 2
+    root = math.sqrt(whole["mse"])
+    return {"cosine_from_mse": mean, "largest_mismatch": mismatch, "root_mse": root}
 
 
 def _c4() -> dict[str, Any]:
@@ -97,8 +94,7 @@ def _c7() -> dict[str, float]:
     for name in ("002_scaling", "001_scaling", "004_window_sizes"):
         table = published.table(name)
         largest = table.iloc[-1]
-        predicted = _law(table[:-1]).predict(largest.tokens)
-        found[f"error_{name[:3]}"] = predicted / largest.val_ppl - 1
+        found[f"error_{name[:3]}"] = _law(table[:-1]).predict(largest.tokens) / largest.val_ppl - 1
     return found
 
 
@@ -119,7 +115,7 @@ def _c9() -> dict[str, float]:
 
 def _c10() -> dict[str, float]:
     found: dict[str, float] = {}
-    gained: list[float] = []
+    gained = []
     for samples, epochs in published.table("002_epochs").groupby("samples"):
         best, after = epochs.iloc[-2], epochs.iloc[-1]
         found[f"best_{samples}"], found[f"next_{samples}"] = best.val_ppl, after.val_ppl
@@ -188,12 +184,10 @@ def _c16() -> dict[str, float]:
 def _c17() -> dict[str, float]:
     runs = published.table("004_configs")
     others = [published.table(name) for name in ("001_scaling", "003_results")]
-    return {
-        # Ranges over the sizes: which ends belong together is not printed.
-        "gap_least": (runs.train_er_low - runs.val_er_high).min(),
-        "gap_most": (runs.train_er_high - runs.val_er_low).max(),
-        "gap_most_other_notes": max((table.train_er - table.val_er).max() for table in others),
-    }
+    # Ranges over the sizes: which ends belong together is not printed.
+    low, high = runs.train_er_low - runs.val_er_high, runs.train_er_high - runs.val_er_low
+    most = max((table.train_er - table.val_er).max() for table in others)
+    return {"gap_least": low.min(), "gap_most": high.max(), "gap_most_other_notes": most}
 
 
 def _c18() -> dict[str, float]:

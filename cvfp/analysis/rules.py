@@ -72,17 +72,12 @@ def judge(result: Result) -> dict[str, str]:
 
 
 @functools.cache
-def _thresholds() -> tuple[float, float, float, float]:
-    """Effective rank (percent) above which a run is good, under which poor; iterations up to which
-    it is good, over which poor."""
+def _thresholds() -> tuple[float, ...]:
+    # Percent above which a rank is good, under which poor; iterations up to which, over which.
     rank = published.table("004_er_thresholds").set_index("verdict")
     count = published.table("004_iteration_thresholds").set_index("verdict").iterations_high
-    return (
-        float(rank.val_er_low["good"]),
-        float(rank.val_er_high["needs review"]),
-        float(count["optimal"]),
-        float(count["ordinary"]),
-    )
+    ends = rank.val_er_low["good"], rank.val_er_high["needs review"]
+    return tuple(map(float, (*ends, count["optimal"], count["ordinary"])))
 
 
 def score(results: Sequence[Result]) -> pd.DataFrame:
@@ -100,19 +95,12 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
     right or wrong); p (permutation test: configurations change places within the sizes, 2,000
     times); remark. Missing: undefined. Raises ValueError: no two runs of one size whose
     perplexities differ, or as `calls`."""
-    runs = pd.DataFrame(
-        [
-            {
-                "configuration": prediction.label(result.experiment.to_dict()),
-                "tokens": result.train_tokens,
-                "ppl": result.val_ppl,
-                **calls(result),
-            }
-            for result in results
-            if result.aborted is None and result.val_ppl is not None
-        ],
-        columns=["configuration", "tokens", "ppl", *_RULES],
-    ).astype({"ppl": float})
+    columns = ["configuration", "tokens", "ppl", *_RULES]
+    there = [one for one in results if one.aborted is None and one.val_ppl is not None]
+    names = [prediction.label(one.experiment.to_dict()) for one in there]
+    figures = [(one.train_tokens, one.val_ppl, *calls(one).values()) for one in there]
+    rows = [(name, *row) for name, row in zip(names, figures, strict=True)]
+    runs = pd.DataFrame(rows, columns=columns).astype({"ppl": float})
     outcomes = _outcomes(runs)
     if not outcomes.any():
         accepted = "two or more with the same training tokens and different perplexities"
@@ -125,15 +113,11 @@ def score(results: Sequence[Result]) -> pd.DataFrame:
     given_up, median = len(results) - len(runs), int((outcomes == 0).sum())
     common = [f"{given_up} given up, no perplexity"] if given_up else []
     common += [f"{median} at the median of the size"] if median else []
-    rows = [
-        {
-            "rule": rule,
-            **_scored(runs, rule, outcomes, without),
-            "remark": "; ".join([*_remarks(runs, rule, outcomes), *common]),
-        }
-        for rule in _RULES
-    ]
-    return pd.DataFrame(rows).astype(dict.fromkeys(_RATES, float))
+    scores = []
+    for rule in _RULES:
+        remark = "; ".join([*_remarks(runs, rule, outcomes), *common])
+        scores.append({"rule": rule, **_scored(runs, rule, outcomes, without), "remark": remark})
+    return pd.DataFrame(scores).astype(dict.fromkeys(_RATES, float))
 
 
 def _outcomes(runs: pd.DataFrame) -> NDArray[np.float64]:
@@ -170,16 +154,9 @@ def _scored(
         left = [rates(one) for one in without]
         excesses = [None if r is None else r[0] - r[1] for r in left]
         low, high = intervals.jackknife(hit - base, excesses)
-    return {
-        "called": int((calls * outcomes != 0).sum()),
-        "right": int((calls * outcomes > 0).sum()),
-        "hit_rate": hit,
-        "base_rate": base,
-        "excess": hit - base,
-        "low": low,
-        "high": high,
-        "p": _permuted(runs, rule, outcomes, hit, base),
-    }
+    figures = hit, base, hit - base, low, high, _permuted(runs, rule, outcomes, hit, base)
+    called, right = int((calls * outcomes != 0).sum()), int((calls * outcomes > 0).sum())
+    return {"called": called, "right": right, **dict(zip(_RATES, figures, strict=True))}
 
 
 def _permuted(

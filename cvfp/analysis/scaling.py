@@ -1,13 +1,12 @@
 """Scaling laws: perplexity against training tokens, with or without a floor.
 
 The intervals of a fit assume independent residuals of log perplexity with equal variance; those of
-`over_runs` are over seeds and held-out conversations.
-"""
+`over_runs` are over seeds and held-out conversations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +22,7 @@ from cvfp.result import Result
 Array = NDArray[np.float64]
 Weights = Callable[[Array], Array]
 
-FORMS = {
-    "power": "power law, PPL = A · tokens^α",
-    "ppl": "power law above a floor, PPL = P∞ + A · tokens^−a",
-    "loss": "power law of the loss above a floor, ln PPL = E + B · tokens^−β",
-}
+FORMS: Mapping[str, str] = style.COLUMNS["laws_of_scaling"]
 # Training tokens at which note 002 extrapolates.
 EXTRAPOLATION = (1e6, 5e6, 1e7)
 SIZES_NEEDED = {"power": 2, "ppl": 3, "loss": 3}
@@ -74,11 +69,8 @@ class PowerLaw:
         return self.A * np.asarray(tokens, dtype=np.float64) ** self.alpha
 
     def predict_interval(self, tokens: ArrayLike) -> tuple[Any, Any] | None:
-        """95 % interval of the law's perplexity at `tokens`: low and high end, each as of
-        `predict`; None for two points (no residual).
-
-        It assumes the form: beyond the data it is too narrow if the form is wrong.
-        """
+        """95 % interval of the law's perplexity at `tokens`, each end as of `predict`; None for two
+        points (no residual). Beyond the data it is too narrow if the form is wrong."""
         if self.residual is None:
             return None
         logs = np.log(np.asarray(tokens, dtype=np.float64))
@@ -140,11 +132,8 @@ def _checked(tokens: ArrayLike, ppl: ArrayLike, sizes: int) -> tuple[Array, Arra
 
 @dataclass(frozen=True)
 class Saturating:
-    """A power law that comes down to a floor: of perplexity, or of its logarithm.
-
-    Form "ppl": PPL = floor + scale · tokens^−exponent. Form "loss": ln PPL = floor + scale ·
-    tokens^−exponent, in nats.
-    """
+    """A power law that comes down to a floor: PPL = floor + scale · tokens^−exponent, or, of form
+    "loss", so for ln PPL, in nats."""
 
     form: str  # "ppl" or "loss"
     floor: float  # the limit for ever more data, of PPL or of ln PPL; not under 0
@@ -169,10 +158,8 @@ class Saturating:
 
     def interval(self) -> tuple[float | None, float | None] | None:
         """95 % interval of the exponent by profile likelihood: every exponent whose best curve is
-        not significantly worse by the F test (Bates and Watts, 1988, chapter 6).
-
-        An end beyond `EXPONENTS` is None; so is the whole for three points (no residual).
-        """
+        not significantly worse by the F test (Bates and Watts, 1988, chapter 6). An end beyond
+        `EXPONENTS` is None; so is the whole for three points (no residual)."""
         freedom = len(self.tokens) - 3
         if freedom < 1:
             return None
@@ -181,16 +168,16 @@ class Saturating:
         def over(log_exponent: float) -> float:
             return _least(self.form, self.tokens, self.ppl, math.exp(log_exponent))[0] - threshold
 
-        best, ends = math.log(self.exponent), list[float | None]()
-        for bound in map(math.log, EXPONENTS):
+        def end(bound: float) -> float | None:
             if over(bound) <= 0:
-                ends.append(None)
+                return None
             # A perfect fit: the threshold is 0, and rounding is over it.
-            elif over(best) >= 0:
-                ends.append(self.exponent)
-            else:
-                ends.append(math.exp(optimize.brentq(over, best, bound, rtol=1e-6)))
-        return ends[0], ends[1]
+            if over(best) >= 0:
+                return self.exponent
+            return math.exp(optimize.brentq(over, best, bound, rtol=1e-6))
+
+        best, (low, high) = math.log(self.exponent), map(math.log, EXPONENTS)
+        return end(low), end(high)
 
 
 def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
@@ -205,23 +192,14 @@ def saturating(tokens: ArrayLike, ppl: ArrayLike, form: str) -> Saturating:
     cost, (floor, height, exponent) = _least(form, x, y)
     # The solver comes as near a bound as rounding allows, and stays inside.
     least = y.min() if form == "ppl" else math.log(y.min())
-    at_bound = min(floor, height) < 1e-5 * least or not (
-        EXPONENTS[0] * 1.001 < exponent < EXPONENTS[1] * 0.999
-    )
+    inside = EXPONENTS[0] * 1.001 < exponent < EXPONENTS[1] * 0.999
+    at_bound = min(floor, height) < 1e-5 * least or not inside
     curve = floor + height * (x / x.max()) ** -exponent
     residuals = np.log(y) - (np.log(curve) if form == "ppl" else curve)
     total = float(((np.log(y) - np.log(y).mean()) ** 2).sum())
-    return Saturating(
-        form=form,
-        floor=float(floor),
-        scale=float(height * x.max() ** exponent),
-        exponent=float(exponent),
-        r2=1 - float((residuals**2).sum()) / total if len(x) > 3 and total else None,
-        at_bound=bool(at_bound),
-        cost=cost,
-        tokens=x,
-        ppl=y,
-    )
+    r2 = 1 - float((residuals**2).sum()) / total if len(x) > 3 and total else None
+    fitted = float(floor), float(height * x.max() ** exponent), float(exponent)
+    return Saturating(form, *fitted, r2, bool(at_bound), cost, x, y)
 
 
 def _least(
@@ -270,10 +248,8 @@ def leave_largest_out(tokens: ArrayLike, ppl: ArrayLike, below: float = math.inf
     laws = forms(x[rest], y[rest]) if sizes > 1 else {}
     names = list(SIZES_NEEDED)
     predicted = [laws[name].predict(largest) if name in laws else math.nan for name in names]
-    reasons = [
-        None if name in laws else f"needs {needed} sizes, {sizes} remain"
-        for name, needed in SIZES_NEEDED.items()
-    ]
+    needs = [f"needs {needed} sizes, {sizes} remain" for needed in SIZES_NEEDED.values()]
+    reasons = [None if name in laws else why for name, why in zip(names, needs, strict=True)]
     last = x[rest].max(initial=0)
     if last and below < math.inf:
         names, reasons = [*names, "no change"], [*reasons, None]
@@ -320,18 +296,15 @@ class Crossover:
         without = "without ends: the slopes cannot be told apart"
         low, high = (None if e is None else float(f"{e:.4g}") for e in (self.low, self.high))
         interval = f"95 % interval {style.interval(low, high, '{:,.0f}', without)}"
-        if not self.has_interval:
-            interval = "no interval from two points"
+        interval = interval if self.has_interval else "no interval from two points"
         where = f"{float(f'{self.tokens:.4g}'):,.0f} tokens"
         return f"{where} ({interval})" if self.inside else f"outside the data ({where}; {interval})"
 
 
 def crossover(first: PowerLaw, second: PowerLaw) -> Crossover:
-    """Where two power laws cross, with an interval by Fieller's theorem on log tokens.
-
-    The interval holds all tokens at which the fits do not differ significantly, by the variance
-    pooled from both and Student's t (Fieller, 1954, J. R. Statist. Soc. B 16, 175).
-    """
+    """Where two power laws cross, with an interval by Fieller's theorem on log tokens (1954, J. R.
+    Statist. Soc. B 16, 175): all tokens at which the fits do not differ significantly, by the
+    variance pooled from both and Student's t."""
     slope = first.alpha - second.alpha
     height = math.log(first.A) - math.log(second.A)
     known = first.residual is not None and second.residual is not None
@@ -377,9 +350,9 @@ def over_runs(results: Sequence[Result], weights: Weights = slope) -> Crossed:
     log perplexities, by `weights` of the log tokens (both [seeds, sizes]).
 
     It is linear in the nats of each held-out conversation, so that `intervals.crossed` applies;
-    that a power law may be the wrong form is no part of the interval. With validation "tail" there
-    is none: each size has its own conversations. Raises ValueError: sizes and seeds are no full
-    grid of at least two sizes, the conversations are none or differ, or a run has no perplexity."""
+    that a power law may be the wrong form is no part of the interval. None with validation "tail":
+    each size has its own conversations. Raises ValueError: no full grid of two sizes or more and
+    seeds, no conversations or different ones, or a run without a perplexity."""
     total = crossed(*by_conversation(results, weights, fewest=2))
     tail = results[0].experiment.validation == "tail"
     return replace(total, conversations=0) if tail else total

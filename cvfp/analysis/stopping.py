@@ -29,11 +29,9 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
                 stopped = row
                 break
         else:
-            if len(history) < result.experiment.phase2_epochs:
-                raise ValueError(
-                    f"patiences: got {patience}, and the run stopped at epoch {len(history)} of "
-                    f"{result.experiment.phase2_epochs}; accepted: a run that went on"
-                )
+            if len(history) < (epochs := result.experiment.phase2_epochs):
+                got = f"{patience}, and the run stopped at epoch {len(history)} of {epochs}"
+                raise ValueError(f"patiences: got {got}; accepted: a run that went on")
         rows[patience] = _row(stopped, chosen)
     if len(history) == result.experiment.phase2_epochs:
         rows["none, best kept"] = _row(history[-1], best(result))

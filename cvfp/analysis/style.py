@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import tomllib
 from collections.abc import Callable, Iterable
 from importlib.resources import files
@@ -14,6 +15,19 @@ from cvfp.analysis import intervals
 MISSING = "–"
 NO_INTERVAL = "needs two seeds"
 COLUMNS = tomllib.loads(files("cvfp.analysis").joinpath("tables.toml").read_text(encoding="utf-8"))
+
+
+class Facts(pd.DataFrame):
+    """Facts of runs; on a page two lines that open, the second from "device" on."""
+
+    @pd.option_context("display.max_colwidth", None)
+    def _repr_html_(self) -> str:
+        place, lines = self.index.get_loc("device"), []
+        for part, names in zip((self[""][:place], self[""][place:]), COLUMNS["said"], strict=True):
+            said = "; ".join(f"{name} {part[name]}" for name in names if name in part)
+            rows = part.to_frame().to_html(header=False)  # what it holds escaped
+            lines.append(f"<details><summary>{html.escape(said)}</summary>{rows}</details>")
+        return "".join(lines)
 
 
 def number(value: float | None, form: str, missing: str = MISSING) -> str:
@@ -50,6 +64,20 @@ def columns(frame: pd.DataFrame, table: str, missing: str = MISSING) -> pd.DataF
         write: Callable[..., str] = number if len(of) == 1 else interval
         words[name] = [write(*row, form, missing) for row in figures]
     return pd.DataFrame(words, index=frame.index)
+
+
+def filled(table: str, **figures: Any) -> dict[str, Any]:
+    """The words of `table` in tables.toml, by their names, with these figures filled in."""
+
+    def fill(words: Any) -> Any:
+        if isinstance(words, str):
+            return words.format(**figures)
+        if isinstance(words, list):
+            return [fill(one) for one in words]
+        return {name: fill(one) for name, one in words.items()}
+
+    found: dict[str, Any] = fill(COLUMNS[table])
+    return found
 
 
 def rows(by_name: dict[Any, Any], heading: str | list[str] | None = None) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,45 +23,31 @@ from cvfp.result import Result, Results
 DESIGNS = {True: "tokens in every layer", False: "equal-decrease"}
 
 
-def ran_on(results: Sequence[Result], n_jobs: int = 1) -> pd.DataFrame:
+def ran_on(results: Sequence[Result], n_jobs: int = 1) -> style.Facts:
     """What the runs ran on: corpus, tokeniser, table, model, device, precision, seeds, jobs."""
-    first = results[0]
-    one = first.experiment
+    first, one = results[0], results[0].experiment
 
-    def values(of: Callable[[Result], float]) -> str:
-        return ", ".join(f"{value:,}" for value in sorted({of(result) for result in results}))
+    def values(every: Iterable[int]) -> str:
+        return ", ".join(f"{value:,}" for value in sorted(set(every)))
 
+    fields = ("samples", "num_layers", "context_dim", "num_input_tokens", "seed")
+    varied = {name: values(getattr(r.experiment, name) for r in results) for name in fields}
     every = {result.experiment.token_input_all_layers for result in results}
+    jobs = f"{n_jobs}{', times taken under contention' if n_jobs > 1 else ''}"
+    stored = f"{sum(r.from_store for r in results)} of {len(results)}"
+    trained = "frozen" if one.freeze_embedding else "trained"
+    head = "tied to the table" if one.weight_tying else "own"
+    figures = dict(trained=trained, head=head, jobs=jobs, stored=stored)
+    said = style.filled("ran_on", run=first, one=one, **figures, **varied)
     own = {
         kind: name
         for kind, parts in registry.PARTS.items()
         if (name := getattr(one, kind)) and not registry.is_built_in(parts.get(name))
     }
-    facts = {
-        "corpus": one.dataset,
-        "conversations": f"{values(lambda r: r.experiment.samples)}, fitting {one.fitting_samples}",
-        "validation": f"{one.validation}, {first.val_tokens:,} tokens",
-        "tokeniser": f"{one.tokenizer}, {first.vocab_size:,} entries",
-        "embedding table": f"{one.embedding}, {first.embedding_dim} wide, "
-        + ("frozen" if one.freeze_embedding else "trained"),
-        "layers": values(lambda result: result.experiment.num_layers),
-        "context size D": values(lambda result: result.experiment.context_dim),
-        "input tokens n": values(lambda result: result.experiment.num_input_tokens),
-        **own,
-        "design": ", ".join(DESIGNS[kind] for kind in sorted(every, reverse=True)),
-        **{
-            f"parameters, {part}": values(lambda result: result.parameters[part])  # noqa: B023
-            for part in first.parameters
-        },
-        "head": "tied to the table" if one.weight_tying else "own",
-        "device": f"{first.device} ({first.device_name}), {first.threads} threads",
-        "precision": first.precision,
-        "seed": values(lambda result: result.experiment.seed),
-        "parallel jobs": f"{n_jobs}{', times taken under contention' if n_jobs > 1 else ''}",
-        "from the store": f"{sum(r.from_store for r in results)} of {len(results)} runs",
-        **first.versions,
-    }
-    return pd.DataFrame({"": facts})
+    own["design"] = ", ".join(DESIGNS[kind] for kind in sorted(every, reverse=True))
+    for part in first.parameters:
+        own[f"parameters, {part}"] = values(result.parameters[part] for result in results)
+    return style.Facts({"": said["model"] | own | said["machine"] | first.versions})
 
 
 def _words(warnings: Iterable[str]) -> str:
@@ -78,29 +65,29 @@ def _figures(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per size (mean over seeds; the spread of PPL where there are several)."""
+    """One column per size (mean over seeds; the spread of PPL where there are several)."""
     seconds = frame.filter(regex="^seconds_").sum(axis=1)
     by_size = _figures(frame.assign(seconds=seconds)).groupby("samples")
     table = style.columns(by_size.mean(), "runs")
     if len(set(frame.seed)) > 1:
         table.insert(2, "PPL s.d.", [style.number(x, "{:.2f}") for x in by_size.val_ppl.std()])
         table.insert(0, "seeds", by_size.seed.nunique())
-    return _warned(table.assign(warnings=frame.groupby("samples").warnings.agg(_words)))
+    table = _warned(table.assign(warnings=frame.groupby("samples").warnings.agg(_words)))
+    return table.T.rename_axis(columns="conversations")
 
 
 def extrapolation(laws: dict[str, PowerLaw], largest: dict[str, float]) -> pd.DataFrame:
     """Perplexity by each law with its 95 % interval, which takes the law's form for granted, and
     how many times its largest run that is (under 1: inside)."""
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for tokens in EXTRAPOLATION:
-        row = {}
+        row = rows.setdefault(f"{tokens / 1e6:g} M tokens", {})
         for name, law in laws.items():
             low, high = law.predict_interval(tokens) or (None, None)
             interval = style.interval(low, high, "{:.1f}", "needs three points")
             row[f"{name}: PPL by its law"] = f"{law.predict(tokens):.1f}"
             row[f"{name}: 95 % interval"] = interval
             row[f"{name}: times its largest run"] = f"{tokens / largest[name]:.1f}"
-        rows[f"{tokens / 1e6:g} M tokens"] = row
     return style.rows(rows)
 
 
@@ -109,15 +96,10 @@ def laws(laws: dict[str, PowerLaw]) -> pd.DataFrame:
     columns = {}
     for name, law in laws.items():
         low, high = law.interval() or (None, None)
-        columns[name] = {
-            "alpha": f"{law.alpha:.4f}",
-            "95 % interval": style.interval(low, high, "{:.3f}", "needs three points"),
-            "A": f"{law.A:,.0f}",
-            "R²": style.number(law.r2, "{:.4f}"),
-            "PPL per doubling": f"{law.per_doubling:+.1%}",
-            "points": law.points,
-            "tokens": style.interval(law.low, law.high, "{:,.0f}"),
-        }
+        within = style.interval(low, high, "{:.3f}", "needs three points")
+        r2 = style.number(law.r2, "{:.4f}")
+        columns[name] = style.filled("laws", law=law, interval=within, r2=r2)
+        columns[name]["points"] = law.points
     return pd.DataFrame(columns)
 
 
@@ -129,15 +111,9 @@ def record(results: Sequence[Result]) -> pd.DataFrame:
 
 def beside(result: Result, note: pd.Series) -> pd.DataFrame:
     """One run beside a row of note 002's table."""
-    rows = {
-        "corpus": (result.experiment.dataset, "UltraChat"),
-        "training tokens": (f"{result.train_tokens:,}", f"{note.tokens:,.0f}"),
-        "Phase 1 iterations": (f"{result.phase1_iterations}", f"{note.phase1_iterations:.0f}"),
-        "effective rank, validation": (f"{result.val_er:.1%}", f"{note.val_er:.1f}%"),
-        "perplexity (not comparable)": (f"{result.val_ppl:.1f}", f"{note.val_ppl:.1f}"),
-        "accuracy (not comparable)": (f"{result.val_acc:.1%}", f"{note.val_acc:.1f}%"),
-        **({"warnings": (words, "")} if (words := _words(result.warnings)) else {}),
-    }
+    rows = style.filled("beside", run=result, note=note)
+    if words := _words(result.warnings):
+        rows["warnings"] = [words, ""]
     return pd.DataFrame(rows, index=["measured here", "published, note 002"]).T
 
 
@@ -163,15 +139,7 @@ def published_parameter_counts() -> pd.DataFrame:
 def agreement(gap: Gap, note: pd.DataFrame) -> pd.DataFrame:
     """Parallel against exact contexts, measured beside note 000's table."""
     here, there = gap.agreement.loc[AS_LEFT], note.set_index("metric")["value"]
-    errors = here.relative_error_mean, there.relative_error_mean
-    rows = {
-        "tokens": (f"{gap.tokens:,}", "56,602"),
-        "cosine, mean": (f"{here.cosine_mean:.4f}", f"{there.cosine_mean:.4f}"),
-        "cosine, least": (f"{here.cosine_min:.4f}", f"{there.cosine_min:.4f}"),
-        "mean squared error": (f"{here.mse:.6f}", f"{there.mse:.6f}"),
-        "relative error, mean": (f"{errors[0]:.1%}", f"{errors[1]:.1f}%"),
-        "relative error, 95th percentile": (f"{here.relative_error_p95:.1%}", style.MISSING),
-    }
+    rows = style.filled("agreement", gap=gap, here=here, there=there)
     return pd.DataFrame(rows, index=["measured here", "published, note 000"]).T
 
 
@@ -191,26 +159,16 @@ def causes(gap: Gap) -> pd.DataFrame:
     return style.columns(shares, "causes", missing="")
 
 
-def gap_ran_on(gap: Gap) -> pd.DataFrame:
+def gap_ran_on(gap: Gap) -> style.Facts:
     """What a comparison of contexts ran on."""
-    one, exact = gap.experiment, gap.exact
-    last = exact.residuals[-1]["relative"] if exact.residuals else 0.0
-    facts = {
-        "corpus": f"{one.dataset}, {one.samples} conversations, {gap.tokens:,} tokens",
-        "tokeniser, table": f"{one.tokenizer}, {one.embedding}",
-        "model": f"{one.num_layers} layers x {one.context_dim}, "
-        f"n = {one.num_input_tokens}, {DESIGNS[one.token_input_all_layers]}",
-        "device, threads": f"{one.device}, {torch.get_num_threads()}",
-        "precision of Phase 1": one.precision,
-        "seed": str(one.seed),
-        "Phase 1 iterations": str(gap.iterations),
-        "exact contexts, sweeps": str(exact.sweeps),
-        "exact contexts, last residual": f"{last:.1e}",
-        "exact contexts, error bound": f"{exact.error_bound:.1e}",
-        "contraction rate per token": style.number(gap.recurrence.contraction_rate, "{:.3f}"),
-        "memory length": style.number(gap.recurrence.memory_length, "{} tokens"),
-    }
-    return pd.DataFrame({"": facts})
+    one, residuals = gap.experiment, gap.exact.residuals
+    last = residuals[-1]["relative"] if residuals else 0.0
+    rate = style.number(gap.recurrence.contraction_rate, "{:.3f}")
+    memory = style.number(gap.recurrence.memory_length, "{} tokens")
+    figures = dict(last=last, rate=rate, memory=memory, threads=torch.get_num_threads())
+    design = DESIGNS[one.token_input_all_layers]
+    facts = style.filled("gap_ran_on", gap=gap, one=one, design=design, **figures)
+    return style.Facts({"": facts})
 
 
 def diversity(gap: Gap) -> pd.DataFrame:
@@ -242,14 +200,10 @@ def diversity(gap: Gap) -> pd.DataFrame:
         mean = float(c.mean(dim=0).square().sum())
         term = float(torch.linalg.vector_norm(c - c.mean(dim=0))) / size
         by_mean = ((width - mean) / size) ** 0.5
-        rows[name] = {
-            "effective rank": f"{metrics.effective_rank(metrics.singular_values(c)) / width:.1%}",
-            "‖c‖² / D": f"{float(c.square().sum()) / size / width:.6f}",
-            "‖mean‖² / D": f"{mean / width:.4f}",
-            "diversity term": f"{term:.5f}",
-            "from the mean alone": f"{by_mean:.5f}",
-            "off by": f"{abs(by_mean / term - 1):.0e}",
-        }
+        figures = dict(term=term, by_mean=by_mean, off=abs(by_mean / term - 1), mean=mean / width)
+        rank = metrics.effective_rank(metrics.singular_values(c)) / width
+        square = float(c.square().sum()) / size / width
+        rows[name] = style.filled("diversity", rank=rank, square=square, **figures)
     return style.rows(rows, "contexts")
 
 
@@ -259,27 +213,32 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
     return table.set_index(frame.tokens.map("{:,.0f}".format).rename("tokens"))
 
 
+def _over(found: Crossed, name: str, form: str) -> dict[str, Any]:
+    """A figure over runs, with its interval over seeds and held-out conversations."""
+    missing = style.NO_INTERVAL if found.seeds < 2 else style.MISSING
+    return {
+        name: form.format(found.value),
+        "95 % interval": style.interval(found.low, found.high, form, missing),
+        "seeds": found.seeds,
+        "conversations": found.conversations or style.MISSING,
+        "each seed": ", ".join(map(form.format, found.by_seed)),
+    }
+
+
 def pairs(named: dict[str, Paired]) -> pd.DataFrame:
     """Paired differences of perplexity, one row each."""
-    rows = {}
-    for name, pair in named.items():
-        change, within = _change(pair)
-        rows[name] = {
-            "change of perplexity": change,
-            "95 % interval": within,
-            "seeds": pair.seeds,
-            "conversations": pair.conversations,
-            "each seed": ", ".join(f"{x:+.1%}" for x in pair.by_seed),
-        }
-    return style.rows(rows)
+    form = "{:+.1%}"
+    return style.rows(
+        {name: _over(one, "change of perplexity", form) for name, one in named.items()}
+    )
 
 
 def _change(pair: Paired | None) -> tuple[str, str]:
     """A paired change of perplexity and its interval."""
     if pair is None:
         return style.MISSING, style.MISSING
-    missing = style.NO_INTERVAL if pair.seeds < 2 else style.MISSING
-    return f"{pair.change:+.1%}", style.interval(pair.low, pair.high, "{:+.1%}", missing)
+    change, within, *_ = _over(pair, "change", "{:+.1%}").values()
+    return change, within
 
 
 def _sizes(results: Sequence[Result]) -> dict[int, list[Result]]:
@@ -318,15 +277,7 @@ def shapes(kinds: dict[str, Sequence[Result]]) -> pd.DataFrame:
 
 def alpha(law: Crossed) -> pd.DataFrame:
     """An exponent over runs, with its interval over seeds and held-out conversations."""
-    missing = style.NO_INTERVAL if law.seeds < 2 else style.MISSING
-    row = {
-        "α": f"{law.value:.4f}",
-        "95 % interval": style.interval(law.low, law.high, "{:.4f}", missing),
-        "seeds": law.seeds,
-        "conversations": law.conversations or style.MISSING,
-        "each seed": ", ".join(f"{one:.4f}" for one in law.by_seed),
-    }
-    return style.rows({"measured": row})
+    return style.rows({"measured": _over(law, "α", "{:.4f}")})
 
 
 def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.DataFrame:
@@ -391,15 +342,10 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
             remark = "floor not identified" if law.at_bound else ""
         missing = "no end … no end" if interval else "no point to spare"
         error = style.number(missed.error[form], "{:+.1%}", missed.reason[form])
-        rows[name] = {
-            "formula": formula,
-            "exponent": f"{exponent:.3f}",
-            "95 % interval": style.interval(low, high, "{:.3f}", missing),
-            "floor, PPL": limit,
-            "R²": style.number(law.r2, "{:.4f}"),
-            "error at the largest size, left out": error,
-            "remark": remark,
-        }
+        ends = style.interval(low, high, "{:.3f}", missing)
+        figures = dict(formula=formula, exponent=exponent, interval=ends, limit=limit)
+        figures |= dict(r2=style.number(law.r2, "{:.4f}"), error=error, remark=remark)
+        rows[name] = style.filled("forms", **figures)
     return style.rows(rows).fillna(style.MISSING)
 
 
@@ -448,15 +394,16 @@ def scores(table: pd.DataFrame) -> pd.DataFrame:
 
 def comparison(groups: compare.Groups) -> pd.DataFrame:
     """Every kind of run at every size: perplexity, accuracy and bits per byte with intervals over
-    seeds, the paired change of perplexity against CVFP, parameters and seconds."""
-    rows = {}
+    seeds, the paired change of perplexity against the reference, parameters and seconds."""
+    rows, first = {}, compare.reference(groups)
+    against = "CVFP" if first == tuning.CVFP else f"the {first}"
     for size in compare.sizes(groups):
         changes = compare.against(groups, size)
         for kind, runs in compare.of_size(groups, size).items():
             change, within = _change(changes.get(kind))
             rows[size, kind] = {
                 "PPL": style.mean_interval([r.val_ppl for r in runs], 1),
-                "change against CVFP": change,
+                f"change against {against}": change,
                 "95 % interval": within,
                 "accuracy %": style.mean_interval([r.val_acc for r in runs], 2, 100),
                 "bits/byte": style.mean_interval([r.val_bpb for r in runs], 3),
@@ -478,6 +425,38 @@ def counted(results: Sequence[Result]) -> pd.DataFrame:
             for line in [runs[0].baselines[key]]
         }
     return style.rows(rows, "conversations")
+
+
+def regimes(groups: compare.Groups, samples: int) -> pd.DataFrame:
+    """Perplexity of every objective in both regimes, by Phase 2's training contexts: mean over
+    seeds, and how many there are."""
+    cells: dict[str, dict[str, str]] = {}
+    for kind, runs in compare.of_size(groups, samples).items():
+        objective, *column = kind.split(" · ")
+        if column:
+            mean = style.mean([run.val_ppl for run in runs], "{:.1f}")
+            cells.setdefault(objective, {})[", ".join(column)] = f"{mean} ({len(runs)})"
+    return style.rows(cells, "objective")
+
+
+def memories(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What each kind's contexts hold and what its predictions use of it: records of
+    `gap.remembers`."""
+    rows = {}
+    for kind in dict.fromkeys(one["kind"] for one in records):
+        runs = [one for one in records if one["kind"] == kind]
+        r2 = pd.concat([pd.DataFrame(one["recall"]) for one in runs]).groupby("lag").r2.mean()
+        cuts = [pd.DataFrame(one["cuts"]) for one in runs if "cuts" in one]
+        cut = compare.memory(cuts) if cuts else pd.DataFrame({"k": [], "change": []})
+        used, rate = cut.k[cut.change >= compare.USED], runs[0].get("contraction_rate")
+        row = {"PPL": style.mean_interval([one["ppl"] for one in runs], 1), "runs": len(runs)}
+        row |= {f"R², {lag} back": f"{r2[lag]:.2f}" for lag in (0, 1, 4, 8)}
+        row["contraction a token"] = style.number(rate, "{:.2f}")
+        row["forgets after"] = style.number(runs[0].get("memory_length"), "{:.0f}")
+        row["steps of exact evaluation"] = style.number(runs[0].get("steps"), "{:,.0f}")
+        row["used, tokens"] = f"{used.max():.0f}" if len(used) else "–" if cut.empty else "under 1"
+        rows[kind] = row
+    return style.rows(rows, "kind")
 
 
 def choices(choices: tuning.Choices, sizes: Sequence[int]) -> pd.DataFrame:

@@ -2,8 +2,7 @@
 
 Perplexity is per token of GPT-2's BPE; accuracy and effective rank are in percent, as printed.
 A printed range is two columns, `_low` and `_high`; its open end is infinite. The comment line that
-each file begins with names the note's section, the units and what to beware of.
-"""
+each file begins with names the note's section, the units and what to beware of."""
 
 from __future__ import annotations
 
