@@ -26,18 +26,8 @@ from cvfp.config import Experiment
 from cvfp.ops import placement
 
 DATA_CODE = ("corpora", "data", "embeddings", "hub", "tokenizer")
-MODEL_CODE = (
-    "build",
-    "contexts",
-    "inputs",
-    "metrics",
-    "model",
-    "ops",
-    "recurrence",
-    "seeds",
-    "variants",
-)
-PHASE1_CODE = (*DATA_CODE, *MODEL_CODE, "checkpoint", "objectives", "phase1")
+MODEL_CODE = ("build", "contexts", "inputs", "metrics", "model", "ops", "recurrence", "seeds")
+PHASE1_CODE = (*DATA_CODE, *MODEL_CODE, "checkpoint", "objectives", "phase1", "variants")
 RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment", "result")
 
 MODEL_BYTES = 50_000_000

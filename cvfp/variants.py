@@ -68,15 +68,17 @@ class Elsewhere(objectives.Remember):
         return batch.inputs.table[batch.inputs.tokens[elsewhere]]
 
 
-@registry.block("orthogonal")
-class Orthogonal(ContextBlock):
-    """The published block whose weights on c start as orthogonal matrices of the same size: none of
-    its directions is forgotten faster than another (Saxe, McClelland and Ganguli 2014)."""
-
+class _Block(ContextBlock):
     def __init__(self, experiment: Experiment, input_dim: int) -> None:
         stds = experiment.context_std, experiment.input_std
         every = experiment.token_input_all_layers
         super().__init__(experiment.num_layers, experiment.context_dim, input_dim, every, *stds)
+
+
+@registry.block("orthogonal")
+class Orthogonal(_Block):
+    """The published block whose weights on c start as orthogonal matrices of the same size: none of
+    its directions is forgotten faster than another (Saxe, McClelland and Ganguli 2014)."""
 
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
@@ -89,16 +91,14 @@ class Orthogonal(ContextBlock):
 
 
 @registry.block("leaky")
-class Leaky(ContextBlock):
+class Leaky(_Block):
     """c <- k·c + √(1 − k²)·f(c, e), f the published block: every dimension keeps a share k of its
     own, with time constants from a quarter of a token to `leak_tokens`, evenly on a log scale."""
 
     learnt = False
 
     def __init__(self, experiment: Experiment, input_dim: int) -> None:
-        stds = experiment.context_std, experiment.input_std
-        every = experiment.token_input_all_layers
-        super().__init__(experiment.num_layers, experiment.context_dim, input_dim, every, *stds)
+        super().__init__(experiment, input_dim)
         times = torch.logspace(-2, torch.tensor(experiment.leak_tokens).log2(), self.context_dim, 2)
         logit = torch.special.logit(torch.exp(-1 / times))
         if self.learnt:

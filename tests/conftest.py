@@ -13,7 +13,8 @@ import pytest
 import reliability
 import torch
 
-from cvfp import Experiment
+from cvfp import Experiment, data
+from cvfp.build import build
 
 # What tests of reliability tried, and what came of it: written by `make reliability`.
 
@@ -207,3 +208,20 @@ def from_file() -> Callable[..., Experiment]:
         return tiny_experiment(**{**settings, **overrides})
 
     return make
+
+
+def lively_model(tiny: Experiment, **changes: Any) -> Any:
+    """An untrained model whose next tokens differ from position to position."""
+    experiment = tiny.replace(**changes)
+    draw = torch.Generator().manual_seed(1)
+    table = torch.empty(400, 16).normal_(generator=draw)
+    model: Any = build(experiment, table, data.load(tiny).tokenizer)
+    with torch.no_grad():
+        for linear in model.token_block.linears if experiment.model == "cvfp" else ():
+            linear.weight.mul_(20)  # or a tied head would repeat the token it reads
+        if model.head is not None:
+            model.head.weight.normal_(generator=draw)
+        if not experiment.freeze_embedding:
+            # As after Phase 2: the table has moved away from the one that the contexts read.
+            model.embedding.add_(torch.empty(400, 16).normal_(generator=draw))
+    return model

@@ -9,7 +9,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_experiment
+from conftest import lively_model, tiny_experiment
 from torch import Tensor
 
 import cvfp
@@ -24,7 +24,6 @@ from cvfp import (
     phase2,
     sweep,
 )
-from cvfp.build import build
 from cvfp.corpora import load_corpus
 from cvfp.model import CVFP
 from cvfp.recurrence import diagnose
@@ -332,23 +331,6 @@ VARIANTS: list[dict[str, Any]] = [
     dict(weight_tying=False),
     dict(freeze_embedding=False, num_input_tokens=2),
 ]
-
-
-def lively_model(tiny: Experiment, **changes: Any) -> CVFP:
-    """An untrained model whose next tokens differ from position to position."""
-    experiment = tiny.replace(**changes)
-    draw = torch.Generator().manual_seed(1)
-    table = torch.empty(400, 16).normal_(generator=draw)
-    model = build(experiment, table, data.load(tiny).tokenizer)
-    with torch.no_grad():
-        for linear in model.token_block.linears:
-            linear.weight.mul_(20)  # or a tied head would repeat the token it reads
-        if model.head is not None:
-            model.head.weight.normal_(generator=draw)
-        if not experiment.freeze_embedding:
-            # As after Phase 2: the table has moved away from the one that the contexts read.
-            model.embedding.add_(torch.empty(400, 16).normal_(generator=draw))
-    return model
 
 
 def next_token(model: CVFP, tokens: list[int]) -> int:

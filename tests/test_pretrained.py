@@ -15,13 +15,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import tiny_experiment
+from conftest import lively_model, tiny_experiment
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cvfp
 from cvfp import Experiment, ParameterError, Result, contexts, data, phase2, pretrained, registry
-from cvfp.build import build
 from cvfp.model import CVFP
 from cvfp.tokenizer import Tokenizer
 
@@ -42,17 +41,7 @@ DESIGNS: list[dict[str, Any]] = [
 
 def made(tiny: Experiment, **changes: Any) -> Result:
     """A Result whose model nobody trained, of weights that make it say more than one word."""
-    experiment = tiny.replace(**changes)
-    draw = torch.Generator().manual_seed(1)
-    table = torch.empty(400, 16).normal_(generator=draw)
-    model = build(experiment, table, data.load(tiny).tokenizer)
-    with torch.no_grad():
-        for linear in model.token_block.linears if isinstance(model, CVFP) else ():
-            linear.weight.mul_(20)  # or a tied head would repeat the token it reads
-        if model.head is not None:
-            model.head.weight.normal_(generator=draw)
-        if not experiment.freeze_embedding:  # the table has moved away from what contexts read
-            model.embedding.add_(torch.empty(400, 16).normal_(generator=draw))
+    experiment, model = tiny.replace(**changes), lively_model(tiny, **changes)
     return Result(
         key="0" * 20,
         experiment=experiment,
