@@ -32,7 +32,9 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.command == "run":
-            one = cvfp.Experiment.preset(given.preset, **dict(given.fields))
+            if len(fields := dict(given.fields)) < len(given.fields):
+                parser.error(f"fields: got {given.fields}; accepted: each once")
+            one = cvfp.Experiment.preset(given.preset, **fields)
             _show(cvfp.Results([cvfp.run(one)]))
         elif given.command == "results":
             said = given.fields
@@ -44,7 +46,10 @@ def main() -> None:
             words = f"; {refused} entries refused" if refused else ""
             print(f"{cache.home()}: {new} new runs{words}")
     except OSError as error:
-        parser.error(f"FILE: got {error}; accepted: a file that can be written")
+        if "file" not in given:
+            raise
+        why = error.strerror or error
+        parser.error(f"FILE: got {given.file} ({why}); accepted: a file that can be written")
     except cvfp.ParameterError as error:
         parser.error(str(error))
 
@@ -56,7 +61,9 @@ def _show(results: cvfp.Results) -> None:
 
 
 def _field(word: str) -> tuple[str, str]:
-    name, value = word.split("=", 1)
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {word!r}; accepted: field=value, as samples=50")
     return name, value
 
 

@@ -227,12 +227,8 @@ def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
 def recall(result: Result, lags: Sequence[int]) -> pd.DataFrame:
     """What contexts hold of the tokens read: R² of linear maps from C[t] to the embedding of the
     token `lag` before t (-1: the next), fitted on training's contexts by ridge regression and
-    measured on validation's: columns lag, r2 (1 at most; 0: no more than the mean).
-
-    Raises:
-        FileNotFoundError: its model is not stored (`Result.model`).
-        ParameterError: a model without contexts.
-    """
+    measured on validation's: columns lag, r2 (1 at most; 0: no more than the mean). Raises
+    FileNotFoundError: its model is not stored; `ParameterError`: a model without contexts."""
     model, exp = result.model(), result.experiment
     if not isinstance(model, CVFP) or exp.contexts in ("zero", "window", "shuffled"):
         raise ParameterError("contexts", exp.contexts, "a kind that makes contexts")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cvfp.config import ParameterError, UpTo, parse
@@ -72,6 +73,13 @@ def text(parameter: str, value: object) -> str:
     raise ParameterError(parameter, value, "text that is not empty")
 
 
+def file(parameter: str, value: object) -> str:
+    """The path of a file that exists."""
+    if not Path(path := text(parameter, value)).is_file():
+        raise ParameterError(parameter, value, f"a file that exists, seen from {Path.cwd().name}/")
+    return path
+
+
 def ladder(parameter: str, value: object) -> list[int]:
     """Sizes 50, 100, 200, 500, 1000, 2000, … up to an integer above 50, itself the last of them."""
     cap = integer(parameter, value, low=51, why=" (a law needs two sizes)")
@@ -105,6 +113,7 @@ KINDS: Mapping[str, Callable[[str, object], Any]] = {
     "pair": pair,
     "flag": flag,
     "text": text,
+    "file": file,
 }
 # The kinds that are numbers of training conversations: the corpus must have as many.
 SIZES = ("sizes", "size", "ladder")

@@ -55,9 +55,7 @@ def _kinds() -> dict[str, dict[str, Kind]]:
         names = [name for one in tuned for name in (SCALES if one == "scales" else (one,))]
         return Kind(fields, tuple(names), **like)
 
-    return {
-        group: {k: kind(**one) for k, one in rows.items()} for group, rows in READ["kinds"].items()
-    }
+    return {g: {k: kind(**x) for k, x in rows.items()} for g, rows in READ["kinds"].items()}
 
 
 SCALES = ("phase2_learning_rate", "context_std", "input_std", "token_block_std")
@@ -175,10 +173,8 @@ def choose(
 
 def experiment(base: Experiment, kind: str, **choice: Any) -> Experiment:
     """The Experiment as a kind of run, with what was chosen; else where its search begins."""
-    one = KINDS[kind]
-    scales = {
-        k: v / math.sqrt(base.context_dim) for k, v in READ["start"].items() if k in one.tuned
-    }
+    one, start = KINDS[kind], READ["start"].items()
+    scales = {k: v / math.sqrt(base.context_dim) for k, v in start if k in one.tuned}
     return base.replace(**scales, **one.fields).replace(**choice)
 
 

@@ -312,6 +312,10 @@ def test_nbval_reads_fields_in_notebooks(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_all_kinds_read_something() -> None:
     values = {"ladder": 60, "pair": "1,2", "flag": "true", "text": 5, "number": "0.5"}
+    values["file"] = __file__
+    for missing in ("nowhere.json", str(Path(__file__).parent)):
+        with pytest.raises(ParameterError, match=r"^x: got .*; accepted: a file that exists"):
+            parameters.parsed("x", missing, "file or None")
     for kind in parameters.KINDS:
         assert parameters.parsed("x", values.get(kind, "3"), kind)
         assert parameters.parsed("x", "none", f"{kind} or None") is None

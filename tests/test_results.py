@@ -168,7 +168,8 @@ def test_a_run_from_the_command_line(
     ("words", "said"),
     [
         (["results", "sample=5"], "sample: got"),
-        (["results", "samples"], "invalid"),
+        (["results", "samples"], "got 'samples'; accepted: field=value"),
+        (["run", "mini", "samples=5", "samples=6"], "accepted: each once"),
         (["run", "minu"], "preset: got 'minu'"),
         (["run", "mini", "samples=-1"], "samples: got -1"),
         (["pack"], "FILE"),

@@ -38,9 +38,12 @@ def test_every_report_and_no_other_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_report_has_its_notebook_with_such_parameters(name: str) -> None:
+def test_a_report_has_its_notebook_with_such_parameters(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The notebook's own call of `given` takes them; the spot is an Experiment of the setting."""
     one = REPORTS[name]
+    monkeypatch.chdir(study.NOTEBOOKS)  # where it is executed
     assert given(one, one.made_of["parameters"]).preset == study.PRESETS[one.setting]
     assert one.experiment.samples in range(1, 201)
 
