@@ -58,6 +58,7 @@ class _Auto(SourceFileLoader):
         super().exec_module(module)
         table, name = TABLES[module.__name__]
         getattr(module, table)["cvfp"] = name
+        getattr(module, "MODEL_NAMES_MAPPING", {})["cvfp"] = "CVFP"  # before transformers 5
 
 
 sys.modules["transformers.models.cvfp"] = sys.modules[__name__]  # where it looks for them

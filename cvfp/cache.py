@@ -41,7 +41,8 @@ def digest(*parts: object) -> str:
     for part in parts:
         if isinstance(part, torch.Tensor):
             # No copy of its bytes: hashing a large table is part of every start.
-            data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            flat = part.detach().cpu().contiguous().as_strided([part.numel()], [1])
+            data = flat.view(torch.uint8).numpy().data
         elif isinstance(part, bytes):
             data = part
         else:

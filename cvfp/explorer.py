@@ -41,6 +41,7 @@ PAGE: Any = PAGES.get_template("explorer.html").module
 DESCRIBED = {one["field"]: one["description"] for one in Experiment.describe()}
 THREAD, LAW, AS_GIVEN = "cvfp explorer", "scaling law", "as given"
 JOIN = 1.5  # seconds that stop waits for the run's end
+TIP = "tooltip" if hasattr(widgets.Text, "tooltip") else "description_tooltip"  # ipywidgets 7
 
 
 class Explorer:
@@ -56,7 +57,7 @@ class Explorer:
         self.presses = 0  # of stop since the run began
         self.parts: dict[str, Any] = {}
         for part, (kind, how) in SHOWN["widgets"].items():
-            field = dict(description=part, tooltip=DESCRIBED[part]) if part in DESCRIBED else {}
+            field = {"description": part, TIP: DESCRIBED[part]} if part in DESCRIBED else {}
             self.parts[part] = getattr(widgets, kind)(**field | how)
         self.fields = [part for part in self.parts if part in DESCRIBED]
         orders = [(head, field) for head, (field, _) in reversed(SHOWN["columns"].items())]

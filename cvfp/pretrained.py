@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -72,7 +73,6 @@ class CVFPForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin
         use_cache: bool | None = True,
         logits_to_keep: int = 0,
         return_dict: bool | None = True,
-        tokenizer: Any = None,  # generate() leaves it among the inputs
     ) -> Any:
         """Tokens [B, T] -> logits of the last `logits_to_keep` (0: all), and the state, all that a
         text leaves behind: its context [B, D] and its last n tokens. Padding, on either side, moves
@@ -104,6 +104,19 @@ class CVFPForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin
         logits = model.logits(model.token_block(layers, e))
         made = Output(logits=logits, state=None if use_cache is False else [context, window])
         return made.to_tuple() if return_dict is False else made
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, state: list[Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # Without what transformers' versions add of their own, but not without what a caller asks.
+        own = inspect.signature(self.forward).parameters
+        kwargs = {k: x for k, x in kwargs.items() if k in own or k.startswith("output_")}
+        return {**kwargs, "input_ids": input_ids[:, -1:] if state else input_ids, "state": state}
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        if transformers.__version__ < "5":  # which would leave states behind when beams change
+            kwargs["use_cache"] = False
+        return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 
     def _reorder_cache(self, state: list[Tensor], beam_idx: Tensor) -> list[Tensor]:
         return [one[beam_idx] for one in state]
@@ -147,6 +160,9 @@ def save_pretrained(result: Result, folder: str | Path) -> Path:
             made.save_pretrained(new)
             shutil.copymode(new / "config.json", new / "model.safetensors")  # the umask's, not 0600
             tokenizer.save_pretrained(new)
+            (new / "special_tokens_map.json").unlink(
+                missing_ok=True
+            )  # transformers 4's, told twice
             (new / "tokenizer.json").write_text(backend.to_str(), "utf-8")  # without the padding
             (new / "digest").write_text(_digest(new))
             (new / "README.md").write_text(_card(result), "utf-8")

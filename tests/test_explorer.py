@@ -186,7 +186,7 @@ def test_controls_show_their_fields_and_help() -> None:
     assert one.fields == asked.split()
     described = {row["field"]: row["description"] for row in cvfp.Experiment.describe()}
     for name in one.fields:
-        assert one.parts[name].tooltip == described[name]
+        assert getattr(one.parts[name], explorer.TIP) == described[name]
         assert one.parts[name].description == name
     placed = [name for rows in explorer.SHOWN["panels"].values() for row in rows for name in row]
     assert sorted(placed) == sorted(one.parts)
