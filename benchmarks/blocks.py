@@ -1,7 +1,8 @@
-"""What README.md and reports/README.md show of the measurements, written from JSON, never typed.
+"""What pages show of the measurements, written from JSON; each notebook's first cell.
 
 Between `<!-- measured: NAME -->` and `<!-- end -->` stands what the function that `BLOCKS` has by
-that name makes of the files in reports/; `python dodo.py readme` writes it there.
+that name makes of the files in reports/; `python dodo.py readme` writes it there, and the first
+cells. The repository's address, which both have, comes from pyproject.toml.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import nbformat
 import pandas as pd
 
 from benchmarks.report import STAGES, short, table
@@ -157,10 +159,64 @@ def study(reports: Path) -> str:
     return table(rows)
 
 
+def address() -> str:
+    """Where the repository is, as pyproject.toml has it."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return str(tomllib.load(file)["project"]["urls"]["Repository"])
+
+
+def notebooks(reports: Path) -> str:
+    """The notebooks, each with its title and a badge that opens it in Colab."""
+    rows = [["notebook", "", ""]]
+    colab = address().replace("https://github.com", "https://colab.research.google.com/github")
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    for path in sorted((reports.parent / "notebooks").glob("*.ipynb")):
+        title = nbformat.read(path, 4).cells[0].source.splitlines()[0].partition("· ")[2]
+        opens = f"[![Open in Colab]({badge})]({colab}/blob/main/notebooks/{path.name})"
+        rows.append([f"[{path.stem}](notebooks/{path.name})", title, opens])
+    return table(rows)
+
+
+FIRST_CELL = """\
+# Opens anywhere: where cvfp is missing, as on Colab, it is installed, and nothing else changes.
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+if not getattr(importlib.util.find_spec("cvfp"), "origin", None):
+    places = [Path("cvfp").resolve(), *Path.cwd().parents]  # a clone beside, or this one
+    clones = [str(place) for place in places if (place / "cvfp/version.py").exists()][:1]
+    source = ["-e", *clones] if clones else ["git+ADDRESS"]
+    before = {f"{one.name}=={one.version}" for one in distributions()}
+    kept = Path(tempfile.mkdtemp(), "kept.txt")
+    kept.write_text("\\n".join(before))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(kept), *source]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(pip)}\\n{done.stderr}")
+    sys.path[:0] = clones
+    importlib.invalidate_caches()
+    new = sorted({f"{one.name}=={one.version}" for one in distributions()} - before)
+    print(f"Installed {', '.join(new)}; nothing else changed.")"""
+
+
+def set_up(notebook: Path) -> None:
+    """Write the first cell of a notebook, which is tagged `setup`."""
+    book = nbformat.read(notebook, 4)
+    for cell in book.cells:
+        if "setup" in cell.metadata.get("tags", []):
+            cell.source = FIRST_CELL.replace("ADDRESS", address())
+    nbformat.write(book, notebook)
+
+
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "claims": verdicts,
     "speed": speed,
     "study": study,
+    "notebooks": notebooks,
     "controls_mini": functools.partial(controls, "mini"),
     "controls_published_size": functools.partial(controls, "published_size"),
     "controls_reading_published_size": functools.partial(reading, "controls_published_size"),
@@ -191,7 +247,9 @@ def filled(page: str, reports: Path) -> str:
 
 
 def write(root: Path = ROOT) -> None:
-    """Write the blocks of all pages anew."""
+    """Write the blocks of all pages, and the first cells of all notebooks, anew."""
+    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
+        set_up(notebook)
     for name in PAGES:
         page = (root / name).read_text(encoding="utf-8")
         with cache.whole(root / name) as temporary:

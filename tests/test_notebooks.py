@@ -12,6 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from benchmarks import blocks
 from cvfp import Experiment, ParameterError
 from cvfp.analysis import claims, ledger
 
@@ -38,6 +39,15 @@ def test_stored_as_design_says(book: Path) -> None:
     images = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert images
     assert all(len(image) * 3 / 4 < 100_000 for image in images)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_opens_on_its_own(book: Path) -> None:
+    """Its first cell is everybody's, and says nothing where cvfp is installed."""
+    first = code(book)[0]
+    assert first.source == blocks.FIRST_CELL.replace("ADDRESS", blocks.address())
+    assert first.metadata.tags == ["setup"]
+    assert first.outputs == []
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
