@@ -135,7 +135,14 @@ class Result:
             self._model = build(self.experiment, weights["embedding"], tokenizer)
             self._model.load_state_dict(weights)
             self._model.to(self.device)
+        self._model.__dict__["save_pretrained"] = self.save_pretrained
         return self._model
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """`cvfp.save_pretrained` of this run; its `model()` has the same method."""
+        from cvfp import pretrained  # which takes seconds to import
+
+        return pretrained.save_pretrained(self, folder)
 
     def row(self) -> dict[str, Any]:
         """One tidy row: the Experiment's fields and the measured scalars."""

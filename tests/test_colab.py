@@ -27,8 +27,6 @@ MISSING = ("chitchat-dataset",)
 SMALL = dict(samples=12, phase2_epochs=1, validation_samples=3)
 # Tests of what other packages' versions change.
 TESTS = "controls corpora embeddings explorer hub pretrained results tokenizer"
-    "controls corpora embeddings explorer experiment hub kept pretrained results store tokenizer"
-)
 
 pytestmark = pytest.mark.full
 

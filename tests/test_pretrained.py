@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -510,6 +511,15 @@ def test_what_fails_leaves_what_was_there(
     cvfp.save_pretrained(result, folder)
     assert cvfp.load(folder).num_input_tokens == 1
     assert [one.name for one in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_model_saves_itself(tiny: Experiment, tmp_path: Path, saved: Path) -> None:
+    model: Any = made(tiny).model()
+    folder = model.save_pretrained(tmp_path / "model")
+    again = cvfp.load(folder)
+    assert all(torch.equal(x, again.state_dict()[k]) for k, x in model.state_dict().items())
+    assert "README.md" in {file.name for file in folder.iterdir()}
+    assert set(model.state_dict()) == set(copy.deepcopy(again).state_dict())
 
 
 def test_files_have_the_rights_that_the_umask_leaves(tiny: Experiment, tmp_path: Path) -> None:
