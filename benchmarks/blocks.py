@@ -107,6 +107,58 @@ def reading(setting: str, reports: Path) -> str:
     return str(found["reading"]).replace("-", "−").replace("\n− ", "\n- ")
 
 
+# What a reader asks first, and how the lines of 06's and 09's readings that answer it begin.
+QUESTIONS = {
+    "Scales chosen on development text, against the published": "own scales over the published one",
+    "Phase 1, against the block that nobody trained, each at its own scales": (
+        "Phase 1 over an untrained block, both at their own scales"
+    ),
+    "The best contexts of Phase 1, against input tokens alone": "the best contexts of Phase 1",
+    "Contexts of the untrained block, against input tokens alone": "an untrained block over no con",
+    "An untrained block that leaks (time constants to 16 tokens), against one that does not": (
+        "at the same scales, a leaky block untrained"
+    ),
+    "The objective `remember`, against the untrained block, at that block's scales": (
+        "at the untrained block's scales, `remember`"
+    ),
+}
+CHANGE = re.compile(r": ([-+][\d.]+%) \((?:95 % interval )?([^,]*), (?:(\d+) seeds?)?")
+COUNTING = re.compile(r"the (Kneser[^,]*, .*?) has the lowest perplexity, ([\d.]+); .*: (.*)\.$")
+
+
+def headline(reports: Path) -> str:
+    """What changes perplexity by how much at the notes' size, a row a question, from the readings
+    of notebooks 06 and 09; and what passes counting."""
+    files = [f"{name}_published_size.json" for name in ("controls", "remember")]
+    texts = [json.loads((reports / name).read_text(encoding="utf-8"))["reading"] for name in files]
+    parts = [re.split(r"\*\*(\d+) conversations\*\*", text)[1:] for text in texts]
+    lines = [
+        (int(size), line.removeprefix("- "))
+        for part in parts
+        for size, text in zip(part[::2], part[1::2], strict=True)
+        for line in text.splitlines()
+    ]
+    sizes = sorted({size for size, _ in lines})
+    rows = [["change of perplexity", *(f"{size:,} conversations" for size in sizes)]]
+    for question, begins in QUESTIONS.items():
+        cells = []
+        for size in sizes:
+            said = [line for at, line in lines if at == size and line.startswith(begins)]
+            found = CHANGE.search(said[0]) if said else None
+            if found is None:
+                cells.append("–")
+                continue
+            change, between, seeds = found.groups()
+            alone = "1 seed" in between or seeds is None
+            cells.append(f"{change} (1 seed)" if alone else f"{change} ({between}; {seeds} seeds)")
+        rows.append([question, *cells])
+    counting = {at: one for at, line in lines if (one := COUNTING.search(line))}
+    best = [f"{one[2]} ({one[1]})" for one in (counting[size] for size in sizes)]
+    rows.append(["Lowest perplexity of what only counts", *best])
+    rows.append(["What passes that", *(counting[size][3] for size in sizes)])
+    return table(rows).replace(" (-", " (−").replace("| -", "| −").replace("to -", "to −")
+
+
 def remembers(setting: str, reports: Path) -> str:
     """What contexts hold, and what is used of it, from the records of `gap.remembers`."""
     path = reports / f"memory_{setting}.json"
@@ -178,29 +230,25 @@ def notebooks(reports: Path) -> str:
 
 
 FIRST_CELL = """\
-# Opens anywhere: where cvfp is missing, as on Colab, it is installed, and nothing else changes.
+# @title Opens anywhere: where cvfp is missing, as on Colab, it is installed; nothing else changes.
 import importlib.util
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import distributions
 from pathlib import Path
 
 if not getattr(importlib.util.find_spec("cvfp"), "origin", None):
     places = [Path("cvfp").resolve(), *Path.cwd().parents]  # a clone beside, or this one
     clones = [str(place) for place in places if (place / "cvfp/version.py").exists()][:1]
     source = ["-e", *clones] if clones else ["git+ADDRESS"]
-    before = {f"{one.name}=={one.version}" for one in distributions()}
+    pip, how = [sys.executable, "-m", "pip"], dict(capture_output=True, text=True)
+    there = subprocess.run([*pip, "list", "--format=freeze"], **how).stdout
     kept = Path(tempfile.mkdtemp(), "kept.txt")
-    kept.write_text("\\n".join(before))
-    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(kept), *source]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(pip)}\\n{done.stderr}")
-    sys.path[:0] = clones
-    importlib.invalidate_caches()
-    new = sorted({f"{one.name}=={one.version}" for one in distributions()} - before)
-    print(f"Installed {', '.join(new)}; nothing else changed.")"""
+    kept.write_text(there)
+    done = subprocess.run([*pip, "install", "-c", str(kept), *source], **how)
+    print((done.stderr if done.returncode else done.stdout).strip().split("\\n")[-1])
+    sys.path += clones
+    importlib.invalidate_caches()"""
 
 
 def set_up(notebook: Path) -> None:
@@ -209,10 +257,13 @@ def set_up(notebook: Path) -> None:
     for cell in book.cells:
         if "setup" in cell.metadata.get("tags", []):
             cell.source = FIRST_CELL.replace("ADDRESS", address())
+            cell.metadata["cellView"] = "form"  # closed on Colab, and in JupyterLab:
+            cell.metadata["jupyter"] = {"source_hidden": True}
     nbformat.write(book, notebook)
 
 
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
+    "headline": headline,
     "claims": verdicts,
     "speed": speed,
     "study": study,

@@ -125,8 +125,9 @@ def text(markdown: str) -> NotebookNode:
 
 def named(book: NotebookNode) -> NotebookNode:
     """The notebook with its figures named by the headings above them, for who does not see them,
-    and without widgets, which need a kernel."""
+    and without widgets, which need a kernel, and without what installs."""
     heading = ""
+    book.cells = [one for one in book.cells if "setup" not in one.metadata.get("tags", [])]
     for cell in book.cells:
         if cell.cell_type == "markdown":
             heads = [line for line in cell.source.splitlines() if line.startswith("#")]
