@@ -27,9 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvfp import controls
+from cvfp import controls, ops
 from cvfp.config import Experiment, ParameterError
-from cvfp.contexts import ENLARGED, WARM_UP, Contexts, evaluate
+from cvfp.contexts import ENLARGED, SHORTEST_BLOCK, WARM_UP, Contexts, evaluate
 from cvfp.inputs import TokenInputs
 from cvfp.metrics import relative_errors
 from cvfp.model import CVFP, Block
@@ -41,6 +41,7 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # for another rank, which may be fitting a table
 LARGE = 2**22  # numbers from which a tensor is summed by itself, without a copy
 TOLERANCE = 1e-5  # as in `contexts.evaluate`
+AHEAD = 64  # a rank's warm-up is that part of its range: to be wrong would take twice as long
 REFUSED: dict[str, tuple[Any, ...]] = {"model": ("lstm", "transformer"), "contexts": JOINTLY}
 REFUSED |= {"phase1_step": ("group",), "phase1_fresh": (True,), "device": ("mps",)}
 
@@ -150,13 +151,14 @@ class Ranks(Share):
     def exact(self, block: Block, inputs: TokenInputs, whole: bool = True) -> Contexts:
         """`contexts.evaluate`, with a rank for a block once more: each evaluates its range from
         where a warm-up ends, and again if it is handed another start. Not `whole`: its own.
-        The bound takes a start's error to last."""
-        if self.size == 1:
+        The bound takes a start's error to last. Where blocks are short already each does all."""
+        few = len(inputs) <= SHORTEST_BLOCK * ops.side_by_side(inputs.table.device)
+        if self.size == 1 or (whole and few):
             return evaluate(block, inputs)
         own, start = self.own(len(inputs), 1), inputs.table.new_zeros(1, block.context_dim)
         if own.start:
-            warm_up = min(WARM_UP, own.start)
-            start = evaluate(block, inputs.first(warm_up, own.start - warm_up)).values[-1:]
+            ahead = min(own.start, max(WARM_UP, len(own) // AHEAD))
+            start = evaluate(block, inputs.first(ahead, own.start - ahead)).values[-1:]
         residuals: list[dict[str, float]] = []
         moved = [True]
         while any(moved) and len(residuals) <= self.size:
@@ -172,7 +174,7 @@ class Ranks(Share):
         rows: Any = made.values
         rows = self.whole(rows, own, len(inputs)) if whole else Shards(self, rows, own, start)
         count = len(residuals)
-        steps = made.sweeps * count, made.steps * count + WARM_UP
+        steps = made.sweeps * count, made.steps * count
         return Contexts(rows, residuals, *steps, bound < math.inf, bound)
 
     def part(

@@ -17,7 +17,7 @@ from test_phases import SMALL, make_model, make_tokens
 from torch import Tensor
 
 import cvfp
-from cvfp import Experiment, ParameterError, __main__, contexts, distributed, phase1, phase2
+from cvfp import Experiment, ParameterError, __main__, contexts, distributed, ops, phase1, phase2
 from cvfp.distributed import Ranks, Shards
 from cvfp.share import ALONE
 
@@ -58,6 +58,9 @@ def in_double(ranks: Ranks) -> dict[str, Any]:
     fields |= dict(convergence_rate=1.0, phase2_batch_size=32, phase2_epochs=3)
     one = Experiment(**SMALL, **fields)
     model, stream = make_model(tying=False, freeze=False).double(), make_tokens(GROUPED)
+    with torch.no_grad():
+        model.embedding.add_(ranks.rank)  # as if each machine had fitted a table
+    ranks.same(model)
     inputs, draw = model.context_inputs(stream), torch.Generator().manual_seed(5)
     share = ranks if ranks.size > 1 else ALONE
     own, block = share.own(GROUPED, 64), model.context_block
@@ -139,6 +142,8 @@ def runs(results: dict[str, Any]) -> None:
 
 def main(folder: Path, *parts: str) -> None:
     ranks = distributed.ranks()
+    # Short streams are shared, too, and some of these small gradients are large ones.
+    ops.placement.SIDE_BY_SIDE["cpu"], distributed.LARGE = 4, 150
     found: dict[str, Any] = {}
     if "double" in parts:
         found = in_double(ranks)

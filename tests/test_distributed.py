@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any
 import devices
 import pytest
 import torch
+from test_phases import make_model, make_tokens
 
-from cvfp import distributed
+from cvfp import Experiment, distributed, ops
+from cvfp.distributed import Ranks
 
 FOLDER = Path(__file__).parent
 
@@ -176,6 +179,26 @@ def test_a_rank_that_fails_ends_the_run(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "this rank fails" in ended.stderr
     assert not list((tmp_path / "home").glob("runs/*"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("group", [64, 250, 999])
+def test_each_rank_draws_what_one_device_would(device: str, group: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    one = Experiment(context_dim=10, loss_group=group)
+    inputs = make_model().to(device).context_inputs(make_tokens(1000).to(device))
+
+    def drawn(ranks: Ranks) -> torch.Tensor:
+        made, draw = [], torch.Generator(device).manual_seed(5)
+        rest = ranks.draws(lambda steps: steps, draw, inputs, one)
+        for _ in itertools.chain([0], rest(range(3))):  # initial contexts, then noise
+            rows = torch.empty(len(ranks.own(1000, group)), 10, device=device)
+            made.append(ops.gaussian_(rows, 1.0, draw, group))
+        return torch.stack(made)
+
+    parts = [drawn(Ranks(rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim=1), drawn(distributed.ALONE))
 
 
 def test_a_process_alone_has_all() -> None:
