@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,7 @@ from cvfp.phase2 import Positions
 from cvfp.registry import JOINTLY
 from cvfp.share import Share
 
-Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=30)  # for another rank, which may be fitting a table
+PATIENCE = timedelta(hours=2)  # for another rank, which may be counting words
 LARGE = 2**22  # numbers from which a tensor is summed by itself, without a copy
 TOLERANCE = 1e-5  # as in `contexts.evaluate`
 AHEAD = 64  # a rank's warm-up is that part of its range: to be wrong would take twice as long
@@ -82,9 +81,9 @@ class Ranks(Share):
             words = f"so few of {tokens:,} tokens that {self.size} devices have context_dim each"
             raise ParameterError("loss_group", one.loss_group, words)
 
-    def agreed(self, make: Callable[[], Value]) -> Value:
+    def agreed(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the first rank; the others do not call it."""
-        box: list[Any] = [None if self.rank else make()]
+        box = [None if self.rank else make()]
         if self.size > 1:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
@@ -191,9 +190,6 @@ class Ranks(Share):
             filled = [F.pad(one, (0, -len(one) % self.size)) for one in batches]
             return torch.cat([one[self.rank :: self.size] for one in filled])
 
-        def of_mine(method: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda positions, *given: method(mine(positions), *given)
-
         def nats(hidden: Tensor, target: Tensor) -> Tensor:
             """The gradient is of this part's share in a batch's mean; `gradients` makes the value
             the whole mean."""
@@ -211,7 +207,8 @@ class Ranks(Share):
         part, shared = copy.copy(whole), copy.copy(model)  # of the same parameters
         part.model, part.ranks = shared, self.size
         for name in ("previous", "outputs", "hidden"):
-            setattr(part, name, of_mine(getattr(whole, name)))
+            method = getattr(whole, name)
+            setattr(part, name, lambda at, *given, method=method: method(mine(at), *given))
         vars(shared).update(nats=nats, score=score)
         return part
 
