@@ -246,7 +246,7 @@ if not getattr(importlib.util.find_spec("cvfp"), "origin", None):
     kept = Path(tempfile.mkdtemp(), "kept.txt")
     kept.write_text(there)
     done = subprocess.run([*pip, "install", "-c", str(kept), *source], **how)
-    print((done.stderr if done.returncode else done.stdout).strip().split("\\n")[-1])
+    print(done.stderr if done.returncode else done.stdout.strip().split("\\n")[-1])
     sys.path += clones
     importlib.invalidate_caches()"""
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import cvfp
-from cvfp import cache, config, packs
+from cvfp import cache, config, distributed, packs
 
 COMMANDS = {
     "run": "a preset with these fields changed; at once where the store has it",
@@ -35,7 +35,9 @@ def main() -> None:
             if len(fields := dict(given.fields)) < len(given.fields):
                 parser.error(f"fields: got {given.fields}; accepted: each once")
             one = cvfp.Experiment.preset(given.preset, **fields)
-            _show(cvfp.Results([cvfp.run(one)]))
+            results = cvfp.Results([cvfp.run(one)])
+            if not distributed.ranks().rank:  # one of several devices tells
+                _show(results)
         elif given.command == "results":
             said = given.fields
             _show(cvfp.results(**{k: [x for n, x in said if n == k] for k, _ in said}))

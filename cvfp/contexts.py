@@ -110,8 +110,7 @@ class Stream:
         """c [B, D] and the positions [B] of the tokens that follow -> the new contexts [B, D]."""
         whole = self.inputs
         e = whole[positions] if isinstance(whole, Tensor) else whole.dense(positions)
-        context = self.block(context, e)[-1]
-        return context
+        return self.block(context, e)[-1]
 
     def steps(self, context: Tensor, first: Tensor, count: int) -> Iterator[Tensor]:
         """The contexts [B, D] after each of `count` tokens from the positions `first` [B] on, each
@@ -178,8 +177,7 @@ def _blocks(
             off += jump
             bound = max(bound, ENLARGED * off)
             off *= factor
-    values = blocks.view(-1, starts.shape[1])[:total]
-    return _contexts(values, residuals, steps, converged, bound)
+    return _contexts(blocks.view(-1, starts.shape[1])[:total], residuals, steps, converged, bound)
 
 
 def _change(handed: Tensor, starts: Tensor) -> dict[str, float]:

@@ -23,6 +23,7 @@ from cvfp import (
     checkpoint,
     contexts,
     controls,
+    distributed,
     embeddings,
     end_to_end,
     estimate,
@@ -40,6 +41,7 @@ from cvfp.build import build
 from cvfp.checkpoint import Checkpoint, Follow, Row
 from cvfp.config import Experiment, ParameterError
 from cvfp.data import Data
+from cvfp.distributed import Ranks, Shards
 from cvfp.end_to_end import Peer
 from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP, Block
@@ -47,10 +49,12 @@ from cvfp.ops import placement
 from cvfp.progress import Stage
 from cvfp.recurrence import Recurrence, diagnose
 from cvfp.result import Result
+from cvfp.share import ALONE
 from cvfp.version import __version__
 from cvfp.watch import Background, Watch, device_name
 
 VERSIONS = ("torch", "numpy", "tokenizers")
+RATE, SINGLE = "phase1_learning_rate", distributed.ALONE
 SAID = 120  # seconds that training is expected to take, from which on a reader is told
 # Phase 2, if there was one, and the Result's other figures by name.
 Trained = tuple[phase2.Phase2 | None, dict[str, Any]]
@@ -60,7 +64,8 @@ def run(
     experiment: Experiment, *, reuse: bool = True, watch: Callable[[Row], object] = lambda row: None
 ) -> Result:
     """Train and evaluate what the Experiment describes, and store the Result; the same Experiment
-    returns it at once, and goes on where it was interrupted.
+    returns it at once, and goes on where it was interrupted. Processes that torchrun started share
+    one run, each on its device; of theirs only what is finished is stored.
 
     Args:
         reuse: take a finished run, Phase 1 or checkpoint from the store; False: train again.
@@ -73,17 +78,19 @@ def run(
     """
     if not callable(watch):
         raise ParameterError("watch", watch, "a function of a row")
+    ranks = distributed.ranks()
     cache.check_home()
-    experiment = experiment.resolved()
+    experiment = ranks.agreed(experiment.resolved)
+    ranks.check(experiment)
     placement.asked_place()  # raises now, not after a table has been fitted
     with ops.using(experiment.ops):
         while True:
             try:
                 with ExitStack() as held:
-                    result = _run(experiment, reuse, watch, held)
+                    result = _run(experiment, reuse, watch, held, ranks)
                 break
             except torch.cuda.OutOfMemoryError:
-                if not placement.smaller():
+                if ranks.size > 1 or not placement.smaller():
                     raise
             warnings.warn("the GPU's memory ran out; the run takes less at once", stacklevel=2)
     for words in result.warnings:
@@ -92,11 +99,12 @@ def run(
 
 
 def _run(
-    experiment: Experiment, reuse: bool, follow: Callable[[Row], object], held: ExitStack
+    experiment: Experiment, reuse: bool, follow: Follow, held: ExitStack, ranks: Ranks
 ) -> Result:
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
     experiment = experiment.settled(data.sizes)
+    ranks.check(experiment, len(data.train) + len(data.unlabelled))
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
     unread = [kind for kind, one in registry.sources(experiment).items() if one is None]
@@ -105,9 +113,10 @@ def _run(
         words = f"{kind} {getattr(experiment, kind)!r}: its source, or that of what it names, "
         words += "cannot be read, so this run is neither taken from the store nor stored"
         warnings.warn(words, stacklevel=3)
-    if reuse and stored:  # other processes with the same Experiment wait for this one's result
+    main = not ranks.rank
+    if reuse and stored and main:  # other processes with the same Experiment wait for its result
         held.enter_context(cache.alone(cache.home() / "runs" / key))
-    record = store.read_run(key) if reuse and stored else None
+    record = ranks.agreed(lambda: store.read_run(key) if reuse and stored else None)
     if record is not None:
         # The fields that are no part of the key (a path, say) are the caller's.
         return Result.from_dict({**record, "experiment": experiment.to_dict(), "from_store": True})
@@ -115,20 +124,23 @@ def _run(
     vocab, dim = table.weight.shape
     # Measures this machine for a moment: only where somebody is told.
     told = progress.mode() != "none"
-    expected = estimate.seconds(experiment, vocab, dim, len(data.train)) if told else 0.0
+    tokens = len(data.train) // ranks.size
+    expected = estimate.seconds(experiment, vocab, dim, tokens) if told else 0.0
     if expected > SAID:
         progress.tell(f"Training takes about {expected / 60:,.0f} minutes, or less")
     model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
-    phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
+    ranks.same(model)
+    alone = stored and ranks.size == 1  # else each has contexts of its own
+    phase1_key = store.key(experiment, *fingerprints, phase1=True) if alone else None
     with Background(experiment.device) as background:
         keys = key if stored else None, phase1_key
-        training = _Training(experiment, data, *keys, watch, follow, reuse, background, held)
+        training = _Training(experiment, data, *keys, watch, follow, reuse, background, held, ranks)
         if isinstance(model, Peer) or experiment.contexts in registry.JOINTLY:
             second, measured = training.unrolled(model)
         else:
             second, measured = training.two_phases(model)
     with watch("baselines"):
-        baseline_nats = _baselines(data, table)
+        baseline_nats = ranks.agreed(lambda: _baselines(data, table))
 
     predicted = len(data.validation) - 1
     val_bytes = int(data.validation.text_bytes[1:].sum())
@@ -158,14 +170,14 @@ def _run(
         seconds=watch.seconds,
         **watch.peaks(),
         device=experiment.device,
-        device_name=device_name(experiment.device),
+        device_name=f"{ranks.size} x " * (ranks.size > 1) + device_name(experiment.device),
         precision=experiment.precision,
         threads=torch.get_num_threads(),
         versions=versions,
         partial=training.partial,
         _model=model,
     )
-    if stored and not result.partial:
+    if stored and main and not result.partial:
         store.write_model(key, model.state_dict())
         store.write_run(key, result.to_dict())
         cache.delete(checkpoint.path_of(key))
@@ -191,6 +203,7 @@ class _Training:
     reuse: bool
     background: Background
     held: ExitStack
+    ranks: Ranks
     partial: bool = False
 
     def __post_init__(self) -> None:
@@ -221,12 +234,13 @@ class _Training:
             return None, measured
         batches = seeds.generator(experiment.seed, "batches")
         with self.second_phase() as loop:
-            train = controls.positions(model, train_contexts, self.train_tokens, experiment)
-            judge = choosing = controls.positions(model, val_contexts, self.val_tokens, experiment)
+            part = partial(self.ranks.part, model, experiment)
+            train = part(train_contexts, self.train_tokens, experiment.phase2_batch_size)
+            judge = choosing = part(val_contexts, self.val_tokens)
             if self.dev_tokens is not None:
-                there = self.contexts(model, self.dev_tokens)
-                choosing = controls.positions(model, there, self.dev_tokens, experiment)
-            second = phase2.train(train, choosing, experiment, batches, *loop)
+                choosing = part(self.contexts(model, self.dev_tokens), self.dev_tokens)
+            with self.ranks.gradients(model):
+                second = phase2.train(train, choosing, experiment, batches, *loop)
         return self.judged(second, partial(phase2.evaluate, judge)), measured
 
     def judged(
@@ -240,7 +254,8 @@ class _Training:
         if self.experiment.contexts in ("zero", "window"):
             return None
         if self.experiment.contexts in registry.CONTEXTS:
-            return exact_contexts(model.context_block, model.context_inputs(tokens)).values
+            inputs = model.context_inputs(tokens)
+            return exact_contexts(model.context_block, inputs, ranks=self.ranks).values
         return self.own_contexts(model, tokens)
 
     def unrolled(self, model: CVFP | Peer) -> Trained:
@@ -278,7 +293,12 @@ class _Training:
         figures: dict[str, Any] = {name: getattr(first, name) for name in names}
         figures |= dict(phase1_iterations=first.iterations, phase1_history=first.history)
         figures["phase1_from_store"] = stored
-        return replace(first, contexts=first.contexts[: len(self.train_tokens)]), figures
+        labelled, total = len(self.train_tokens), len(self.train_tokens) + len(self.unlabelled)
+        own = self.ranks.own(total, min(self.experiment.loss_group, total))
+        rows: Any = first.contexts[: max(0, labelled - own.start)]
+        if self.ranks.size > 1:
+            rows = Shards(self.ranks, rows, own, self.train_tokens)
+        return replace(first, contexts=rows), figures
 
     def phase1_of(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
         """Phase 1 from the store, or trained and then stored in the background; and which."""
@@ -311,6 +331,7 @@ class _Training:
                 if exact.converged:
                     spectrum = metrics.singular_values(exact.values)
                     row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
+            row |= self.ranks.agreed(lambda: row)
             loop.tell(row)
             return abort.reason(history) if experiment.phase1_abort else None
 
@@ -320,7 +341,10 @@ class _Training:
             read = torch.cat([self.train_tokens, self.unlabelled])
             train = model.context_inputs(read)
             noise = seeds.generator(experiment.seed, "phase1", experiment.device)
-            first = phase1.train(model.context_block, train, experiment, noise, report, loop.rest)
+            rest = self.ranks.draws(loop.rest, noise, train, experiment)
+            share = self.ranks if self.ranks.size > 1 else ALONE
+            given = model.context_block, train, experiment, noise, report, rest, share
+            first = phase1.train(*given)
         self.watch.seconds["phase1"] += loop.before
         self.partial = loop.stop
         if key and not loop.partial:
@@ -340,12 +364,13 @@ class _Training:
         figures."""
         with self.watch("contexts"):
             block, inputs = model.context_block, model.context_inputs(self.val_tokens)
-            exact = exact_contexts(block, inputs)
+            exact = exact_contexts(block, inputs, ranks=self.ranks)
             found = diagnosed(block, inputs, exact)
             if parallel is not None:
                 train = parallel.contexts
             else:
-                train = exact_contexts(block, model.context_inputs(self.train_tokens)).values
+                inputs = model.context_inputs(self.train_tokens)
+                train = exact_contexts(block, inputs, ranks=self.ranks, whole=False).values
             error = exact.error_bound if math.isfinite(exact.error_bound) else None
             figures = self.spectra(train, exact.values)
             figures |= dict(context_sweeps=exact.sweeps, context_error=error)
@@ -360,11 +385,12 @@ class _Training:
         returned = registry.resolve("contexts", name)(model, tokens, self.experiment)
         return registry.check_contexts(name, returned, shape).to(model.embedding)
 
-    def spectra(self, train: Tensor, validation: Tensor) -> dict[str, Any]:
+    def spectra(self, train: Any, validation: Any) -> dict[str, Any]:
         """Singular values of contexts, and their effective rank as a fraction of D."""
         figures: dict[str, Any] = {}
         for name, values in (("train", train), ("val", validation)):
-            spectrum = metrics.singular_values(values, self.experiment.device)
+            mine = (values.rows, self.ranks) if isinstance(values, Shards) else (values, ALONE)
+            spectrum = metrics.singular_values(mine[0], self.experiment.device, mine[1])
             figures[f"{name}_spectrum"] = spectrum.tolist()
             figures[f"{name}_er"] = metrics.effective_rank(spectrum) / self.experiment.context_dim
         return figures
@@ -378,6 +404,7 @@ class _Training:
             loop = self.checkpoint(2, self.key, lambda row: stage.advance(epoch, row))
 
             def report(row: Row) -> None:
+                row |= self.ranks.agreed(lambda: row)
                 stage.show(row)
                 loop.tell(row)
 
@@ -390,10 +417,10 @@ class _Training:
         """Of one phase's loop."""
 
         def follow(row: Row) -> object:
-            return self.follow({"phase": float(phase), **row})
+            return self.ranks.agreed(lambda: bool(self.follow({"phase": float(phase), **row})))
 
         # Plain Adam has no state before its first step that could be restored in place.
-        kept = None if self.experiment.ops == "plain" else key
+        kept = None if self.experiment.ops == "plain" or self.ranks.size > 1 else key
         return Checkpoint(kept, follow, replay, self.reuse)
 
 
@@ -441,17 +468,18 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
 
 
 def exact_contexts(
-    block: Block, inputs: TokenInputs, rate: str = "phase1_learning_rate"
+    block: Block, inputs: TokenInputs, rate: str = RATE, ranks: Ranks = SINGLE, whole: bool = True
 ) -> contexts.Contexts:
     """The contexts of a stream from a zero state, exact to float32.
 
     Args:
         rate: the learning rate to name in an error.
+        ranks: that share the stream; not `whole`: each has its own values, as `Shards`.
 
     Raises:
         FloatingPointError: they did not converge.
     """
-    exact = contexts.evaluate(block, inputs)
+    exact = ranks.exact(block, inputs, whole)
     if not exact.converged:
         last = exact.residuals[-1]["relative"]
         raise FloatingPointError(

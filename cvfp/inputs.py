@@ -29,10 +29,10 @@ class TokenInputs:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def first(self, length: int) -> TokenInputs:
-        """The same for the first `length` positions; nothing is copied."""
+    def first(self, length: int, start: int = 0) -> TokenInputs:
+        """The same for the first `length` positions from `start` on; nothing is copied."""
         part = copy.copy(self)
-        part.rows, part.tokens = self.rows[:length], self.tokens[:length]
+        part.rows, part.tokens = (x[start : start + length] for x in (self.rows, self.tokens))
         return part
 
     def dense(self, positions: Tensor | slice = slice(None)) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cvfp.share import ALONE, Share
 
-def singular_values(contexts: Tensor, device: str | torch.device | None = None) -> Tensor:
+
+def singular_values(contexts: Tensor, device: Any = None, share: Share = ALONE) -> Tensor:
     """Uncentred singular values of [T, D], float64, descending, at most min(T, D) of them, computed
     on `device` (None: where the contexts are).
 
@@ -20,6 +23,7 @@ def singular_values(contexts: Tensor, device: str | torch.device | None = None) 
     for chunk in contexts.split(65_536):
         exact = chunk.to(gram)
         gram += exact.T @ exact
+    share.add([gram])
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
     return values[: min(contexts.shape)]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cvfp import objectives, ops, registry
 from cvfp.inputs import TokenInputs
 from cvfp.model import Block
+from cvfp.share import ALONE, Share
 
 if TYPE_CHECKING:
     from cvfp.config import Experiment
@@ -48,6 +49,7 @@ def train(
     generator: torch.Generator,
     report: Callable[[dict[str, float]], str | None] = lambda row: None,
     rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
+    share: Share = ALONE,
 ) -> Phase1:
     """Train `block` in place until its contexts over the stream stop changing.
 
@@ -57,6 +59,7 @@ def train(
         generator: on the device of the block; draws the initial contexts and the noise.
         report: called with each row of the history; may add to it, and return why to give up.
         rest: (steps, the loop's state) -> the steps still to do (`checkpoint.Checkpoint.rest`).
+        share: of the groups, where several devices have some each; the contexts are theirs alone.
 
     Raises:
         ValueError: the objective returned something else than losses with a gradient.
@@ -69,24 +72,25 @@ def train(
     optimiser = ops.optimiser(trained, experiment.phase1_learning_rate)
     size = min(experiment.loss_group, total)
     groups = math.ceil(total / size)  # the last may be smaller, and has a pass of its own
+    mine = share.own(total, size)
     # A pass: as many whole groups as fit the device at once, with what each layer keeps of them.
-    passes = ops.group_slices(total, size, width, len(block.widths), device)
+    passes = ops.group_slices(len(mine), size, width, len(block.widths), device)
     by_group = experiment.phase1_step == "group"
     if by_group or experiment.phase1_fresh:  # else what a group reads depended on the device
         passes = [slice(start, min(start + size, total)) for start in range(0, total, size)]
-    contexts = ops.context_rows(total, width, experiment.precision, inputs.table)
+    contexts = ops.context_rows(len(mine), width, experiment.precision, inputs.table)
     for part in passes:
         fresh = inputs.table.new_empty(part.stop - part.start, width)
         contexts[part] = ops.gaussian_(fresh, INITIAL_STD, generator, size).to(contexts.dtype)
     result = Phase1(contexts, 1, 0.0)
-    change = torch.empty(total, device=device)  # of each token, mean squared
+    change = torch.empty(len(mine), device=device)  # of each token, mean squared
     elsewhere = contexts.device != device
-
     steps = range(2, experiment.phase1_max_iterations + 1)
     parts = block, objective, contexts, optimiser
 
     def move(done: float) -> None:
         """An Adam step, when a share `done` of all there can be is behind."""
+        share.add(parameter.grad for parameter in trained)
         torch.nn.utils.clip_grad_norm_(trained, experiment.phase1_gradient_clip)
         if experiment.phase1_decay == "linear":
             rate = experiment.phase1_learning_rate * (1 - done / len(steps))
@@ -96,7 +100,7 @@ def train(
 
     for iteration in rest(steps, parts, generator, result.history):
         sums: dict[str, Tensor] = {}  # read once, when the iteration ends
-        last = contexts[-1:].to(device, copy=True)
+        last = share.before(contexts[-1:].to(device, copy=True))
         for part, old in ops.prefetch(passes, lambda part: contexts[part].to(device), elsewhere):
             # Token t reads the context of t-1; token 0 that of the last (a ring).
             read = torch.cat([last, old[:-1]]).to(inputs.table.dtype)  # [K·G, D]
@@ -104,10 +108,10 @@ def train(
             if experiment.phase1_noise:
                 noise = torch.empty_like(read)
                 read += ops.gaussian_(noise, experiment.phase1_noise, generator, size)
+            positions = torch.arange(part.start, part.stop, device=device) + mine.start
             with ops.autocast(experiment.precision, device):
-                new = block(read, inputs.dense(part))[-1].to(inputs.table.dtype)  # [K·G, D]
+                new = block(read, inputs.dense(positions))[-1].to(inputs.table.dtype)  # [K·G, D]
             grouped = [c.view(-1, min(size, len(c)), width) for c in (new, old.to(new.dtype))]
-            positions = torch.arange(part.start, part.stop, device=device)
             batch = objectives.Batch(experiment, inputs, positions.view(grouped[0].shape[:2]))
             change[part] = (new.detach() - old).square().mean(dim=1)
             returned = objective(*grouped, batch)
@@ -126,7 +130,9 @@ def train(
         if not by_group:
             move(iteration - 2)
 
-        row = {"iteration": float(iteration), **_read(sums, change, experiment)}
+        share.add(sums.values())
+        changes = share.whole(change, mine, total)
+        row = {"iteration": float(iteration), **_read(sums, changes, experiment)}
         if not all(map(math.isfinite, row.values())):
             got = f"Phase 1 is not finite at iteration {iteration}: {row}"
             raise FloatingPointError(f"{got}; a smaller phase1_learning_rate would be accepted")

@@ -63,6 +63,7 @@ class Positions:
         self.model, self.contexts, self.tokens = model, contexts, tokens
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
+        self.ranks = 1  # devices, each with the outputs of its part of a batch (`distributed`)
 
     def previous(self, positions: Tensor) -> Tensor:
         """The contexts that `positions` [B] read: [B, D], on the model's device."""
@@ -135,7 +136,8 @@ def train(
         for positions, previous in ops.prefetch(several, train.previous, elsewhere):
             with ops.autocast(experiment.precision, device):
                 outputs = train.outputs(positions, previous)  # [B, widths[i]] each
-            yield from zip(*(one.split(size) for one in (positions, *outputs)), strict=True)
+            mine = [one.split(math.ceil(size / train.ranks)) for one in outputs]
+            yield from zip(positions.split(size), *mine, strict=True)
 
     def loss(positions: Tensor, *outputs: Tensor) -> Tensor:
         with ops.autocast(experiment.precision, device):
