@@ -30,8 +30,8 @@ help:
 	@echo "make claims     the ledger of claims, from the runs of this machine, into reports/"
 	@echo "make reliability  inject faults, and write what came of it into reports/"
 	@echo "make test       lint, types, tests, notebooks; without what takes long (WORKERS=2)"
-	@echo "make test-full  the tests and notebooks that make test leaves out"
-	@echo "make test-browser  JupyterLab in Chromium, which must be installed"
+	@echo "make test-full  the tests and notebooks that make test leaves out, a browser's and Colab's too (gigabytes)"
+	@echo "make test-browser  JupyterLab in Chromium, if that is installed"
 	@echo "make notebooks  execute notebooks/ anew at their defaults"
 	@echo "make lab        open JupyterLab"
 
@@ -82,6 +82,7 @@ test: lint
 test-full: install
 	$(call stage,long tests,$(PYTEST) -m full)
 	$(call stage,long notebooks,$(NBVAL) $(LONG))
+	$(MAKE) test-browser
 
 test-browser: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
