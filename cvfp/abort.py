@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Applied once, at this iteration.
-ITERATION = 20
+ITERATION = 20  # at which they are applied, once
 SINCE = 15
 RANK = 0.70
 

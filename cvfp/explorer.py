@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,13 +26,13 @@ from torch import Tensor
 
 from cvfp import baselines, controls, data, packs, progress, registry
 from cvfp.analysis import claims, ledger, plots, published, readings, scaling, tables
-from cvfp.config import PRESETS, Experiment, ParameterError
+from cvfp.config import PRESETS, Experiment, ParameterError, toml
 from cvfp.corpora import printable
 from cvfp.experiment import exact_contexts, run
 from cvfp.result import Result, Results
 
 HERE = Path(__file__).parent
-SHOWN = tomllib.loads((HERE / "explorer.toml").read_text(encoding="utf-8"))
+SHOWN = toml("explorer")
 # Macros that escape what they are given, control characters too.
 PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
 PAGES.finalize = lambda value: printable(value) if type(value) is str else value

@@ -3,8 +3,7 @@
 The contexts that Phase 1 leaves differ from those of its final weights, evaluated token by token,
 for four reasons: the noise that training adds; the weights, updated since each iteration; the
 window, since k sweeps see k tokens only; and, for the first few tokens, the ring in which token 0
-reads the last. Each cause is reproduced alone here, on the same tokens, and measured against the
-exact contexts."""
+reads the last. Each is reproduced alone here, on the same tokens."""
 
 from __future__ import annotations
 
@@ -51,29 +50,20 @@ Returned = TypeVar("Returned")
 
 @dataclass
 class Gap:
-    """Parallel against exact contexts of one training stream.
-
-    Attributes:
-        agreement: one row per comparison with the exact contexts: `AS_LEFT`, and each cause in
-            `CAUSES`; columns of the function `agreement`.
-        positions: rows first, middle, last 100 tokens; the same columns.
-        along: by position: columns position (centre of a bin, tokens), cosine (mean), cosine_min.
-        clean: noiseless sweeps with the final weights, starting from Phase 1's last iterate:
-            columns sweep (0: the iterate itself), mse, relative_error_mean.
-        windows: k noiseless sweeps from zeros, that is, windows of k tokens: columns tokens,
-            relative_error_mean, relative_error_max, residual (the sweep's largest relative change).
-    """
+    """Parallel against exact contexts of one training stream: tables with these columns."""
 
     experiment: Experiment
     tokens: int
     iterations: int
     exact: contexts.Contexts
     recurrence: Recurrence
-    agreement: pd.DataFrame
-    positions: pd.DataFrame
-    along: pd.DataFrame
-    clean: pd.DataFrame
-    windows: pd.DataFrame
+    agreement: pd.DataFrame  # those of `agreement`: rows `AS_LEFT`, and each cause in `CAUSES`
+    positions: pd.DataFrame  # the same: rows first, middle, last 100 tokens
+    along: pd.DataFrame  # position (centre of a bin, tokens), cosine (mean), cosine_min
+    # Noiseless sweeps with the final weights: from Phase 1's last iterate, which is sweep 0; and k
+    # from zeros, that is, windows of k tokens (residual: the sweep's largest relative change).
+    clean: pd.DataFrame  # sweep, mse, relative_error_mean
+    windows: pd.DataFrame  # tokens, relative_error_mean, relative_error_max, residual
     block: Block
     inputs: TokenInputs
 
@@ -141,8 +131,8 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
 
     total = len(inputs)
     starts = {"first": 0, "middle": (total - POSITIONS) // 2, "last": total - POSITIONS}
-    parts = [slice(start, start + POSITIONS) for start in starts.values()]
-    positions = [agreement(left[part], right[part]) for part in parts]
+    parts = {name: slice(start, start + POSITIONS) for name, start in starts.items()}
+    positions = {name: agreement(left[part], right[part]) for name, part in parts.items()}
     iterates = enumerate(_sweeps(block, inputs, left, sweeps))
     clean = [{"sweep": number, **agreement(one, right)} for number, one in iterates]
     return Gap(
@@ -152,7 +142,7 @@ def measure(exp: Experiment, *, sweeps: int = 32) -> Gap:
         exact=exact,
         recurrence=experiment.diagnosed(block, inputs, exact),
         agreement=pd.DataFrame.from_dict(rows, orient="index"),
-        positions=pd.DataFrame(positions, index=list(starts)),
+        positions=pd.DataFrame.from_dict(positions, orient="index"),
         along=_along(left, right),
         clean=pd.DataFrame(clean)[["sweep", "mse", "relative_error_mean"]],
         windows=_windows(block, inputs, right, sweeps),
@@ -192,12 +182,8 @@ def sweep(
 def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
     """What of its memory a trained model uses: one row a held-out conversation, columns tokens (of
     it), nats, and for each k of `tokens` the nats with contexts that have seen the last k tokens
-    before the current one; what lies further back is another conversation's.
-
-    Raises:
-        FileNotFoundError: its model is not stored (`Result.model`).
-        ParameterError: a model without contexts of its own.
-    """
+    before the current one; what lies further back is another conversation's. Raises
+    FileNotFoundError: its model is not stored; `ParameterError`: a model without own contexts."""
     model, exp = result.model(), result.experiment
     if not isinstance(model, CVFP) or not model.generates:
         accepted = "'trained', 'random', 'end_to_end' or 'fine_tuned'"
@@ -214,12 +200,8 @@ def memory(result: Result, tokens: Sequence[int]) -> pd.DataFrame:
 
     columns = {"tokens": torch.bincount(conversations), "nats": scored(exact)}
     # As they stand half a stream away: in another conversation.
-    cut, seen = exact.roll(len(exact) // 2, 0), 0
-    for wanted in sorted(tokens):
-        for _ in range(wanted - seen):
-            cut = sweep(block, inputs, cut)
-        seen = wanted
-        columns[f"{wanted}"] = scored(cut)
+    cuts = _sweeps(block, inputs, exact.roll(len(exact) // 2, 0), max(tokens, default=0))
+    columns |= {f"{seen}": scored(cut) for seen, cut in enumerate(cuts) if seen in tokens}
     return pd.DataFrame(columns)
 
 

@@ -160,9 +160,8 @@ def save_pretrained(result: Result, folder: str | Path) -> Path:
             made.save_pretrained(new)
             shutil.copymode(new / "config.json", new / "model.safetensors")  # the umask's, not 0600
             tokenizer.save_pretrained(new)
-            (new / "special_tokens_map.json").unlink(
-                missing_ok=True
-            )  # transformers 4's, told twice
+            # What transformers 4 tells twice.
+            (new / "special_tokens_map.json").unlink(missing_ok=True)
             (new / "tokenizer.json").write_text(backend.to_str(), "utf-8")  # without the padding
             (new / "digest").write_text(_digest(new))
             (new / "README.md").write_text(_card(result), "utf-8")

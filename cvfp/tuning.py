@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cvfp import cache, packs
-from cvfp.config import PRESETS, Experiment, ParameterError
+from cvfp.config import PRESETS, Experiment, ParameterError, toml
 from cvfp.progress import Whole
 from cvfp.result import Result
 from cvfp.sweep import runs
@@ -20,7 +19,6 @@ Choices = dict[str, dict[str, Any]]  # by kind and size, as text: choice, inside
 Groups = dict[str, list[Result]]  # runs by kind
 Place = tuple[int, ...]  # on the axes
 Axes = Mapping[str, Sequence[float]]  # by field, its values from the least to the largest
-
 
 CVFP, SCALED, SETTLE = "CVFP, as published", "CVFP, own scales", "CVFP, first term alone"
 RANDOM, RANDOM_SCALED = "random block, as published", "random block, own scales"
@@ -43,7 +41,7 @@ class Kind:
     like: str | None = None
 
 
-READ = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+READ = toml("kinds")
 
 
 def _kinds() -> dict[str, dict[str, Kind]]:
@@ -70,21 +68,17 @@ def finished(file: Path, base: Experiment, choices: Choices, sizes: Sequence[int
     """The finished runs of each kind with these choices in a pack (`python -m cvfp pack`): on any
     device, in any precision, with any seed but those that chose. Raises `ParameterError`: none."""
     there = packs.results(file)
+    free = {name: getattr(base, name) for name in FREE}
     groups: Groups = {}
     for kind in KINDS:
         chose = {row["seed"] for row in choices.get(KINDS[kind].like or kind, {}).values()}
+        judge = [(r, r.experiment.replace(**free)) for r in there if r.experiment.seed not in chose]
         for size in dict.fromkeys(sizes):
-            one = started(base.replace(samples=size), kind, choices, size)
-            found = [r for r in there if _is(r.experiment, one) and r.experiment.seed not in chose]
-            groups[kind] = groups.get(kind, []) + found
+            one = started(base.replace(samples=size), kind, choices, size).replace(**free)
+            groups[kind] = groups.get(kind, []) + [run for run, same in judge if same == one]
     if not any(groups.values()):
         raise ParameterError("finished", str(file), "a pack with runs of these sizes and choices")
     return {kind: runs for kind, runs in groups.items() if runs}
-
-
-def _is(run: Experiment, one: Experiment) -> bool:
-    free = dict(device=one.device, precision=one.precision, seed=one.seed)
-    return run.replace(**free) == one
 
 
 def axes(names: Sequence[str], context_dim: int) -> Axes:
@@ -128,11 +122,9 @@ def search(
     if done[best] is None:
         raise FloatingPointError(f"all {len(done)} trials diverged; accepted: smaller rates")
     tried = all(place in done for pair in _around(best, axes) for place in pair)
-    inside = tried and not any(
-        values[at] and at in (0, len(values) - 1)
-        for values, at in zip(axes.values(), best, strict=True)
-    )
-    return [one for one in done.values() if one is not None], inside
+    placed = zip(axes.values(), best, strict=True)
+    ends = [values[at] for values, at in placed if at in (0, len(values) - 1)]
+    return [one for one in done.values() if one is not None], tried and not any(ends)
 
 
 def choose(
@@ -200,12 +192,11 @@ def studied(studies: str) -> list[str]:
 def choice(choices: Choices, kind: str, samples: int) -> dict[str, Any]:
     """What a kind chose at the tuned size nearest to this one (by ratio); raises `ParameterError`:
     it was chosen for no size."""
-    sizes = choices.get(KINDS[kind].like or kind, {})
-    if not sizes:
+    own = KINDS[kind].like or kind
+    if not (sizes := choices.get(own, {})):
         raise ParameterError("choices", sorted(choices), f"choices for {kind!r}")
     nearest = min(sizes, key=lambda size: abs(math.log(int(size) / samples)))
-    tuned = KINDS[KINDS[kind].like or kind].tuned
-    return {name: value for name, value in sizes[nearest]["choice"].items() if name in tuned}
+    return {k: v for k, v in sizes[nearest]["choice"].items() if k in KINDS[own].tuned}
 
 
 def _values(result: Result, names: Sequence[str]) -> dict[str, Any]:
@@ -252,9 +243,8 @@ def _around(place: Place, axes: Axes, first: int = 0) -> list[list[Place]]:
 
 
 def _nearest(values: Sequence[float], value: float) -> int:
-    return min(
-        range(len(values)), key=lambda at: abs(math.log((values[at] + 1e-9) / (value + 1e-9)))
-    )
+    away = [abs(math.log((one + 1e-9) / (value + 1e-9))) for one in values]
+    return away.index(min(away))
 
 
 def _loss(result: Result | None) -> float:

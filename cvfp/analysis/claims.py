@@ -8,13 +8,11 @@ import itertools
 import json
 import math
 import shlex
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any, Literal
 
-from cvfp.config import ParameterError
+from cvfp.config import ParameterError, toml
 
 Key = tuple[str, str, str]  # claim, part, setting
 Verdict = Literal["agrees", "contradicts", "inconclusive"]
@@ -73,7 +71,7 @@ class Claim:
     stands: bool | None = None
 
 
-_READ = tomllib.loads(files("cvfp.analysis").joinpath("claims.toml").read_text(encoding="utf-8"))
+_READ = toml("analysis/claims")
 ABOUT: str = _READ.pop("about").strip()
 CLAIMS: Mapping[str, Claim] = {
     id: Claim(id, **row | {"parts": {one["id"]: Part(**one) for one in row["parts"]}})

@@ -51,11 +51,10 @@ def reference(groups: Groups) -> str:
 def sizes(groups: Groups) -> list[int]:
     """The sizes that the reference has; at any of them another kind may have no runs. Raises
     `ParameterError`: there is none."""
-    there = sorted({one.experiment.samples for one in groups.get(reference(groups), ())})
+    first = reference(groups)
+    there = sorted({one.experiment.samples for one in groups.get(first, ())})
     if not there:
-        raise ParameterError(
-            "groups", list(groups), f"runs of {reference(groups)!r}, the reference"
-        )
+        raise ParameterError("groups", list(groups), f"runs of {first!r}, the reference")
     return there
 
 
@@ -95,10 +94,15 @@ def rows(groups: Groups) -> list[dict[str, Any]]:
             row |= zip(("change", "low", "high"), ends, strict=True)
             row["seconds"] = float(np.mean([training_seconds(one) for one in runs]))
             found.append(row)
-        for key, name in COUNTED.items():
-            if line := at(groups[reference(groups)], size)[0].baselines[key]:
-                found.append({"samples": size, "kind": name, "ppl": line["ppl"]})
+        for name, line in counted(at(groups[reference(groups)], size)[0]).items():
+            found.append({"samples": size, "kind": name, "ppl": line["ppl"]})
     return found
+
+
+def counted(run: Result) -> dict[str, dict[str, float]]:
+    """The models that only count beside a run, those that it has: nats, ppl and so on, by name."""
+    lines = {name: run.baselines[key] for key, name in COUNTED.items()}
+    return {name: line for name, line in lines.items() if line}
 
 
 def trained_parameters(result: Result) -> int:
@@ -143,6 +147,12 @@ def memory(seeds: Sequence[pd.DataFrame]) -> pd.DataFrame:
         ends = (None if end is None else math.expm1(end) for end in (found.low, found.high))
         rows.append((int(name), math.expm1(found.value), *ends))
     return pd.DataFrame(rows, columns=["k", "change", "low", "high"])
+
+
+def recall(records: Sequence[Mapping[str, Any]], kind: str) -> pd.Series:
+    """R² by lag, mean over the kind's runs, of records of `gap.remembers`."""
+    tables = [pd.DataFrame(one["recall"]) for one in records if one["kind"] == kind]
+    return pd.concat(tables).groupby("lag").r2.mean()
 
 
 def used_memory(table: pd.DataFrame) -> int | None:

@@ -11,8 +11,7 @@ from scipy import stats
 
 from cvfp.result import Result
 
-# Of every interval.
-LEVEL = 0.95
+LEVEL = 0.95  # of every interval
 # Value, low and high end, degrees of freedom of the interval's Student's t.
 Estimate = tuple[float | None, float | None, float | None, float | None]
 
@@ -75,10 +74,9 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> Paired:
     ours = {result.experiment.seed: result for result in first}
     theirs = {result.experiment.seed: result for result in second}
     if not ours or ours.keys() != theirs.keys() or not len(ours) == len(first) == len(second):
-        raise ValueError(
-            f"first, second: got seeds {[r.experiment.seed for r in first]} and "
-            f"{[r.experiment.seed for r in second]}; accepted: the same seeds, each once"
-        )
+        one, other = ([r.experiment.seed for r in runs] for runs in (first, second))
+        got = f"seeds {one} and {other}"
+        raise ValueError(f"first, second: got {got}; accepted: the same seeds, each once")
     pairs = [(ours[seed].val_conversations, theirs[seed].val_conversations) for seed in ours]
     tokens = np.array([one["tokens"] for one in pairs[0][0]])
     if any([one["tokens"] for one in run] != tokens.tolist() for runs in pairs for run in runs):

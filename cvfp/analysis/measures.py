@@ -83,8 +83,7 @@ class Source:
             self.measured(f"{id}.alpha{of}", n, words, alpha.estimate),
             self.measured(f"{id}.per_doubling{of}", n, words, doubling.estimate),
         ]
-        lack = scaling.lack_of_fit(*scaling.points(results))
-        if lack is not None:
+        if (lack := scaling.lack_of_fit(*scaling.points(results))) is not None:
             f, *freedom = lack
             chance = stats.f(*freedom)
             high, low = (f / float(end) for end in chance.interval(intervals.LEVEL))
@@ -227,9 +226,8 @@ def configurations(results: Results, source: Source) -> Measured:
     Two diversity weights of one shape give nearly the same run: as two samples they would narrow
     every interval without new evidence. The samples are therefore shapes, averaged over weights;
     only those of C11, which is about the weight, are not."""
-    merged = Results(
-        replace(one, experiment=one.experiment.replace(dist_reg_weight=0.0)) for one in results
-    )
+    alike = [one.experiment.replace(dist_reg_weight=0.0) for one in results]
+    merged = Results(replace(one, experiment=x) for one, x in zip(results, alike, strict=True))
     frame, shapes, single = merged.frame(), matrix(merged), matrix(results)
     n, count = int(frame.seed.nunique()), f"{len(shapes)} shapes"
     several = len(set(frame.samples)) > 1

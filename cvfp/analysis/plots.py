@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-import tomllib
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -24,14 +22,14 @@ from cvfp.analysis import comparison as compare
 from cvfp.analysis import stopping
 from cvfp.analysis.intervals import Paired
 from cvfp.analysis.scaling import EXTRAPOLATION, PowerLaw
+from cvfp.config import toml
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.result import Result
 
-_READ = tomllib.loads(files("cvfp.analysis").joinpath("plots.toml").read_text(encoding="utf-8"))
+_READ = toml("analysis/plots")
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = _READ["palette"].values()
 MID = "#797979"  # on white and on #111111: 4.4 to 1
-# Change of perplexity beyond which a kind of run is named at the edge and not drawn.
-FAR = 0.45
+FAR = 0.45  # change of perplexity beyond which a kind is named at the edge and not drawn
 Change = tuple[float, float | None, float | None]  # and its interval
 BESIDE: Mapping[str, Any] = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
@@ -44,6 +42,11 @@ def _looks(of: str) -> dict[str, tuple[str, str]]:
 BASELINE_LOOKS, _FAMILIES, _SHOWN = map(_looks, ("baselines", "families", "kinds"))
 _CYCLE = (BLUE, SKY, GREEN, ORANGE, PINK, RED, GREY)
 _MARKERS = "osDv^<>PX*hp"
+
+
+def _looking(names: Iterable[str]) -> Iterable[tuple[str, str, str]]:
+    """Each name, with a colour and a marker."""
+    return zip(names, itertools.cycle(_CYCLE), itertools.cycle(_MARKERS), strict=False)
 
 
 def _figure(
@@ -230,13 +233,11 @@ def forgetting(gap: Gap) -> Figure:
         _annotate(left, f"memory length {memory} tokens", top, (5, -14), RED)
     left.set_yscale("log")
     left.legend(fontsize=8)
-    label = "sweeps from zeros: largest change of a sweep"
-    right.plot(windows.tokens, windows.residual, color=ORANGE, label=label)
-    label = "clean sweeps from Phase 1's contexts: mean error"
-    right.plot(gap.clean.sweep, gap.clean.relative_error_mean, "--", color=BLUE, label=label)
-    blocks = [residual["relative"] for residual in gap.exact.residuals]
-    label = "blocks: largest change of a start"
-    right.plot(range(1, len(blocks) + 1), blocks, color=GREEN, marker="D", label=label)
+    zeros, clean, blocks = _READ["forgetting"]["lines"]
+    right.plot(windows.tokens, windows.residual, color=ORANGE, label=zeros)
+    right.plot(gap.clean.sweep, gap.clean.relative_error_mean, "--", color=BLUE, label=clean)
+    changes = [residual["relative"] for residual in gap.exact.residuals]
+    right.plot(range(1, len(changes) + 1), changes, color=GREEN, marker="D", label=blocks)
     right.set_ylim(None, 300)  # the legend is above the curves
     right.legend(fontsize=8)
     return figure
@@ -380,9 +381,8 @@ def comparison(groups: compare.Groups) -> Figure:
         changes[size] = {kind: (one.change, one.low, one.high) for kind, one in pairs}
         runs = compare.at(groups[reference], size)
         ppl[size] = _ppl(runs)
-        for key, name in compare.COUNTED.items():
-            if line := runs[0].baselines[key]:
-                changes[size][name] = line["ppl"] / ppl[size] - 1, None, None
+        for name, line in compare.counted(runs[0]).items():
+            changes[size][name] = line["ppl"] / ppl[size] - 1, None, None
     # The best are to be seen, however far under CVFP.
     drawn = [one[0] for kinds in changes.values() for one in kinds.values()]
     nearest, farthest = min(drawn) - 0.03, min(FAR, max(drawn)) + 0.05
@@ -421,15 +421,14 @@ def comparison(groups: compare.Groups) -> Figure:
 def cost(groups: compare.Groups) -> Figure:
     """Perplexity of every kind of run against the seconds that its training took, at every size;
     the lines are the least that counting reaches there."""
-    sizes = compare.sizes(groups)
+    sizes, markers = compare.sizes(groups), {kind: x for kind, _, x in _looking(groups)}
     figure, axes = _figure("cost", (1.5 + 3.4 * len(sizes), 4), len(sizes))
     for one, size in zip(axes, sizes, strict=True):
         there = compare.of_size(groups, size)
         for kind, runs in there.items():
             seconds = float(np.mean([compare.training_seconds(run) for run in runs]))
             color, _ = _FAMILIES[compare.family(kind)]
-            marker = _MARKERS[list(groups).index(kind) % len(_MARKERS)]
-            _points(one, seconds, _ppl(runs), color, marker, label=kind)
+            _points(one, seconds, _ppl(runs), color, markers[kind], label=kind)
         counts = there[compare.reference(groups)][0].baselines.values()
         lines = [line["ppl"] for line in counts if line]
         one.axhline(min(lines), color=GREY, linestyle=":", label="best that only counts")
@@ -492,12 +491,12 @@ def where_context_helps(groups: compare.Groups, samples: int) -> Figure:
 def memory(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What a cut of the contexts to their last k tokens costs, for each kind of run."""
     figure, (axes,) = _figure("memory")
-    for number, (kind, table) in enumerate(tables.items()):
-        color = _CYCLE[number % len(_CYCLE)]
+    for kind, color, marker in _looking(tables):
+        table = tables[kind]
         if table.low.notna().all():
             ends = table.low.astype(float), table.high.astype(float)
             axes.fill_between(table.k, *ends, color=color, alpha=0.2, linewidth=0)
-        axes.plot(table.k, table.change, color=color, marker=_MARKERS[number], label=kind)
+        axes.plot(table.k, table.change, color=color, marker=marker, label=kind)
     axes.axhline(compare.USED, color=GREY, linestyle=":", label=f"{compare.USED:.1%}")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yscale("symlog", linthresh=0.001)
@@ -512,18 +511,9 @@ def recall(records: Sequence[Mapping[str, Any]]) -> Figure:
     `gap.remembers`, a line for each kind, mean over its runs."""
     figure, (axes,) = _figure("recall")
     kinds = list(dict.fromkeys(one["kind"] for one in records))
-    for number, kind in enumerate(kinds):
-        tables = [pd.DataFrame(one["recall"]) for one in records if one["kind"] == kind]
-        r2 = pd.concat(tables).groupby("lag").r2.mean()[lambda r2: r2.index >= 0]
-        marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(
-            r2.index,
-            r2,
-            marker=marker,
-            markersize=5,
-            label=kind,
-            color=_CYCLE[number % len(_CYCLE)],
-        )
+    for kind, color, marker in _looking(kinds):
+        r2 = compare.recall(records, kind)[lambda r2: r2.index >= 0]
+        axes.plot(r2, color=color, marker=marker, markersize=5, label=kind)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks([0, 1, 2, 4, 8, 16], ["0", "1", "2", "4", "8", "16"])
     axes.legend(**BESIDE)

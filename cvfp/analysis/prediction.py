@@ -19,8 +19,7 @@ from cvfp.analysis import intervals, scaling, style
 from cvfp.config import ParameterError
 
 CONFIGURATION = tuple[str, ...](style.COLUMNS["configuration"])
-# What `matrix` correlates: column and name on the page.
-LABELS: Mapping[str, str] = style.COLUMNS["matrix"]
+LABELS: Mapping[str, str] = style.COLUMNS["matrix"]  # of what `matrix` correlates, by column
 
 RULE = "500 − 4·ER"
 TOKENS_AND_ER = "tokens and ER, refitted"
@@ -110,12 +109,12 @@ def predictors(frame: pd.DataFrame) -> pd.DataFrame:
     runs = _runs(frame, configurations=3)
     rows = {}
     for name, form in FORMS.items():
-        fixed, columns = form["fixed"], _varying(runs, form["fitted"])
+        columns = _varying(runs, form["fitted"])
         row: dict[str, float | None] = {"fitted": len(columns)}
-        if (found := _fit(runs, fixed, columns)) is not None:
+        if (found := _fit(runs, name, columns)) is not None:
             row |= {"alpha": found.get("log_tokens"), "beta": found.get("er")}
             row["error"] = _by_configuration(runs, _errors(runs, found)).mean()
-        if (left := _left_out(runs, fixed, columns)) is not None:
+        if (left := _left_out(runs, name, columns)) is not None:
             row["left_out_error"] = _by_configuration(runs, left).mean()
             row["left_out_worst"] = left.max()
         rows[name] = row
@@ -143,7 +142,7 @@ def what_er_adds(frame: pd.DataFrame) -> Gain:
     runs = _runs(frame, configurations=3)
     errors = []
     for name in (TOKENS_ONLY, TOKENS_AND_ER):
-        left = _left_out(runs, FORMS[name]["fixed"], _varying(runs, FORMS[name]["fitted"]))
+        left = _left_out(runs, name, _varying(runs, FORMS[name]["fitted"]))
         if left is None:
             got = f"runs that do not determine {name!r} without one of the configurations"
             accepted = "sizes and effective ranks that vary apart from one another"
@@ -157,27 +156,23 @@ def _varying(runs: pd.DataFrame, fitted: Sequence[str]) -> list[str]:
     return [name for name in fitted if name == "one" or runs[name].max() > runs[name].min()]
 
 
-def _fit(
-    runs: pd.DataFrame, fixed: Mapping[str, float], columns: list[str]
-) -> dict[str, float] | None:
+def _fit(runs: pd.DataFrame, form: str, columns: list[str]) -> dict[str, float] | None:
     """All coefficients of a form, those of `columns` by least squares; None: not determined."""
+    fixed = FORMS[form]["fixed"]
     if not columns:
         return dict(fixed)
     rest = runs.log_ppl - _predicted(runs, fixed)
     solved, _, rank, _ = np.linalg.lstsq(runs[columns].to_numpy(), rest.to_numpy(), rcond=1e-10)
-    if rank < len(columns):
-        return None
-    return {**fixed, **dict(zip(columns, solved.tolist(), strict=True))}
+    found = dict(zip(columns, solved.tolist(), strict=True))
+    return fixed | found if rank == len(columns) else None
 
 
-def _left_out(
-    runs: pd.DataFrame, fixed: Mapping[str, float], columns: list[str]
-) -> pd.Series | None:
+def _left_out(runs: pd.DataFrame, form: str, columns: list[str]) -> pd.Series | None:
     """Error of each run as predicted from the other configurations; None: not determined by the
     rest without one of them."""
     errors = []
     for _, rows in runs.groupby("configuration"):
-        coefficients = _fit(runs.drop(rows.index), fixed, columns)
+        coefficients = _fit(runs.drop(rows.index), form, columns)
         if coefficients is None:
             return None
         errors.append(_errors(rows, coefficients))
@@ -228,7 +223,5 @@ def _runs(frame: pd.DataFrame, configurations: int = 1) -> pd.DataFrame:
 def label(fields: Mapping[Any, Any]) -> str:
     """The configuration in words: `1 x 64, n 1, w 0.8`."""
     design = "" if fields["token_input_all_layers"] else ", equal-decrease"
-    return (
-        f"{fields['num_layers']} x {fields['context_dim']}, n {fields['num_input_tokens']}, "
-        f"w {fields['dist_reg_weight']:g}{design}"
-    )
+    words = "{num_layers} x {context_dim}, n {num_input_tokens}, w {dist_reg_weight:g}"
+    return words.format_map(fields) + design

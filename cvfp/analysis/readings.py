@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import pandas as pd
@@ -16,14 +14,14 @@ from cvfp.analysis import comparison, intervals, prediction, scaling, stopping
 from cvfp.analysis.intervals import Paired, paired
 from cvfp.analysis.scaling import PowerLaw
 from cvfp.baselines import NAMES
+from cvfp.config import toml
 from cvfp.gap import AS_LEFT, CAUSES, Gap
 from cvfp.result import Result, Results
 
 # What a perplexity is compared with; the unigram is far above.
 RIVALS = {name: words for name, words in NAMES.items() if name != "unigram"}
-_SAID = tomllib.loads(files("cvfp.analysis").joinpath("readings.toml").read_text(encoding="utf-8"))
-# What `controls` compares.
-QUESTIONS = _SAID["controls"]["questions"]
+_SAID = toml("analysis/readings")
+QUESTIONS = _SAID["controls"]["questions"]  # what `controls` compares
 
 
 def _say(reading: str, piece: str = "text", **figures: Any) -> str:
@@ -263,6 +261,14 @@ def _chosen(runs: Mapping[str, Sequence[Result]]) -> tuple[dict[str, float], str
     return ppl, comparison.best(ppl, "tokens alone", but=(tuning.SHUFFLED,))
 
 
+def _beside(words: str, ours: Sequence[Result], theirs: Sequence[Result]) -> list[str]:
+    """The first runs against the second, of the seeds that both have; nothing without any."""
+    if not {x.experiment.seed for x in ours} & {x.experiment.seed for x in theirs}:
+        return []
+    pair = comparison.shared(ours, theirs)
+    return [f"- {words}: {change(pair)}. {_side(pair, 'Better', 'Worse')}"]
+
+
 def discovery(groups: comparison.Groups) -> str:
     """What an objective without a target, and slower forgetting, are worth, in Markdown, size by
     size: pairs of kinds that share seeds. The best without contexts is so on development text."""
@@ -272,13 +278,8 @@ def discovery(groups: comparison.Groups) -> str:
         _, tokens = _chosen(runs)
         lines = [f"**{size} conversations**", ""]
         for words, *names in _SAID["discovery"]["questions"]:
-            first, second = (tokens if name == "TOKENS" else name for name in names)
-            ours, theirs = runs.get(first, []), runs.get(second, [])
-            seeds = {x.experiment.seed for x in ours} & {x.experiment.seed for x in theirs}
-            if seeds:
-                pair = comparison.shared(ours, theirs)
-                side = _side(pair, "Better", "Worse")
-                lines.append(f"- {words.format(tokens=tokens)}: {change(pair)}. {side}")
+            kinds = [tokens if name == "TOKENS" else name for name in names]
+            lines += _beside(words.format(tokens=tokens), *(runs.get(kind, []) for kind in kinds))
         said.append("\n".join(lines))
     return "\n\n".join(said)
 
@@ -297,18 +298,11 @@ def controls(groups: comparison.Groups) -> str:
         asked.append((f"an untrained block over {tokens}", tuning.RANDOM_SCALED, tokens))
         lines = [f"**{size} conversations** ({runs[ours][0].train_tokens:,} tokens)", ""]
         for words, first, second in asked:
-            if {first, second} <= runs.keys():
-                pair = comparison.shared(runs[first], runs[second])
-                lines.append(f"- {words}: {change(pair)}. {_side(pair, 'Better', 'Worse')}")
-        counted = {
-            name: line["ppl"]
-            for key, name in comparison.COUNTED.items()
-            if (line := runs[ours][0].baselines[key]) is not None
-        }
-        least = min(counted, key=lambda name: counted[name])
-        ahead = [kind for kind in ppl if ppl[kind] < counted[least]]
-        names = ", ".join(ahead) or "none"
-        lines.append(_say("controls", "counts", least=least, ppl=counted[least], ahead=names))
+            lines += _beside(words, runs.get(first, []), runs.get(second, []))
+        counts = comparison.counted(runs[ours][0])
+        least, counted = min((line["ppl"], name) for name, line in counts.items())
+        ahead = ", ".join(kind for kind in ppl if ppl[kind] < least) or "none"
+        lines.append(_say("controls", "counts", least=counted, ppl=least, ahead=ahead))
         said.append("\n".join(lines))
     every = [one for runs in groups.values() for one in runs]
     ended = [one for one in every if one.best_epoch == one.experiment.phase2_epochs]

@@ -52,13 +52,10 @@ def calls(result: Result) -> dict[str, int]:
         int(count <= quick) - int(count > slow),
         int(gap <= GAP_GOOD) - int(gap >= GAP_POOR),
     )
-    abort = abort_rules.reason(result.phase1_history)
-    reasons = (abort or "").split("; ")
-    return {
-        **dict(zip(CRITERIA, by_criterion, strict=True)),
-        **{rule: -any(one.startswith(start) for one in reasons) for rule, start in ABORTS.items()},
-        ANY_ABORT: -int(abort is not None),
-    }
+    reasons = (abort_rules.reason(result.phase1_history) or "").split("; ")
+    said = dict(zip(CRITERIA, by_criterion, strict=True))
+    said |= {rule: -any(one.startswith(start) for one in reasons) for rule, start in ABORTS.items()}
+    return said | {ANY_ABORT: -any(reasons)}
 
 
 def judge(result: Result) -> dict[str, str]:
@@ -151,8 +148,7 @@ def _scored(
     hit, base = observed
     low = high = None
     if len(set(calls[outcomes != 0])) > 1:
-        left = [rates(one) for one in without]
-        excesses = [None if r is None else r[0] - r[1] for r in left]
+        excesses = [None if r is None else r[0] - r[1] for r in map(rates, without)]
         low, high = intervals.jackknife(hit - base, excesses)
     figures = hit, base, hit - base, low, high, _permuted(runs, rule, outcomes, hit, base)
     called, right = int((calls * outcomes != 0).sum()), int((calls * outcomes > 0).sum())

@@ -23,16 +23,14 @@ Array = NDArray[np.float64]
 Weights = Callable[[Array], Array]
 
 FORMS: Mapping[str, str] = style.COLUMNS["laws_of_scaling"]
-# Training tokens at which note 002 extrapolates.
-EXTRAPOLATION = (1e6, 5e6, 1e7)
+EXTRAPOLATION = (1e6, 5e6, 1e7)  # training tokens, as in note 002
 SIZES_NEEDED = {"power": 2, "ppl": 3, "loss": 3}
 
 # The exponents that a saturating form may take: from almost none to 8-fold per doubling.
 EXPONENTS = (1e-3, 3.0)
 # Scale of the soft L1 loss: residuals of log PPL over it count by their size, not their square.
 ROBUST = 0.1
-# Sizes in a window of `windows`, as in note 004.
-WINDOW = 4
+WINDOW = 4  # sizes in a window of `windows`, as in note 004
 
 
 @dataclass(frozen=True)

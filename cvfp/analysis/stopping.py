@@ -18,26 +18,27 @@ def replay(result: Result, patiences: Sequence[int]) -> pd.DataFrame:
     its epochs, also "none, best kept" and "none, last kept". Raises ValueError: the run itself
     stopped before one of the patiences would have."""
     history = result.phase2_history
-    rows: dict[int | str, tuple[float, ...]] = {}
+    rows: dict[int | str, tuple[dict[str, float], dict[str, float]]] = {}
     for patience in patiences:
         chosen = history[0]
-        stopped = history[-1]
-        for row in history[1:]:
-            if row["val_loss"] < chosen["val_loss"]:
-                chosen = row
-            elif row["epoch"] - chosen["epoch"] >= patience:
-                stopped = row
+        for stopped in history:
+            if stopped["val_loss"] < chosen["val_loss"]:
+                chosen = stopped
+            elif stopped["epoch"] - chosen["epoch"] >= patience:
                 break
         else:
             if len(history) < (epochs := result.experiment.phase2_epochs):
                 got = f"{patience}, and the run stopped at epoch {len(history)} of {epochs}"
                 raise ValueError(f"patiences: got {got}; accepted: a run that went on")
-        rows[patience] = _row(stopped, chosen)
+        rows[patience] = stopped, chosen
     if len(history) == result.experiment.phase2_epochs:
-        rows["none, best kept"] = _row(history[-1], best(result))
-        rows["none, last kept"] = _row(history[-1], history[-1])
-    columns = ["stopped", "best_epoch", "val_ppl", "val_acc"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("patience")
+        rows["none, best kept"] = history[-1], best(result)
+        rows["none, last kept"] = history[-1], history[-1]
+    columns = ["epoch", "val_ppl", "val_acc"]
+    table = pd.DataFrame([one for _, one in rows.values()], list(rows), columns)
+    table = table.rename(columns={"epoch": "best_epoch"}).astype({"best_epoch": int})
+    table.insert(0, "stopped", [int(last["epoch"]) for last, _ in rows.values()])
+    return table.rename_axis("patience")
 
 
 def best(result: Result) -> dict[str, float]:
@@ -53,7 +54,3 @@ def rise(result: Result) -> float | None:
         if row["epoch"] == lowest["epoch"] + 2:
             return math.expm1(row["val_loss"] - lowest["val_loss"])
     return None
-
-
-def _row(stopped: dict[str, float], chosen: dict[str, float]) -> tuple[float, ...]:
-    return int(stopped["epoch"]), int(chosen["epoch"]), chosen["val_ppl"], chosen["val_acc"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import html
-import tomllib
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 
 from cvfp.analysis import intervals
+from cvfp.config import toml
 
 MISSING = "–"
 NO_INTERVAL = "needs two seeds"
-COLUMNS = tomllib.loads(files("cvfp.analysis").joinpath("tables.toml").read_text(encoding="utf-8"))
+COLUMNS = toml("analysis/tables")
 
 
 class Facts(pd.DataFrame):

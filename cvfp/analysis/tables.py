@@ -126,13 +126,10 @@ def published_parameter_counts() -> pd.DataFrame:
         layers, width = note["num_layers"], note["context_dim"]
         block = ContextBlock(layers, width, 2 * 768, token_input_all_layers=True)
         tokens = TokenBlock(block.widths, 768, 2 * 768)
-        rows[f"{layers} x {width}"] = {
-            "ContextBlock": round(count_parameters(block) / 1e6, 2),
-            "ContextBlock, published": note["context_block_millions"],
-            "TokenBlock": round(count_parameters(tokens) / 1e6, 2),
-            "trained by Phase 2, published": note["phase2_trained_millions"],
-            "TokenBlock, published": note["token_block_millions"],
-        }
+        counted = [round(count_parameters(one) / 1e6, 2) for one in (block, tokens)]
+        built = dict(zip(("ContextBlock", "TokenBlock"), counted, strict=True))
+        names = style.COLUMNS["parameter_counts"]
+        rows[f"{layers} x {width}"] = {name: (built | note)[of] for name, of in names.items()}
     return style.rows(rows)
 
 
@@ -227,10 +224,8 @@ def _over(found: Crossed, name: str, form: str) -> dict[str, Any]:
 
 def pairs(named: dict[str, Paired]) -> pd.DataFrame:
     """Paired differences of perplexity, one row each."""
-    form = "{:+.1%}"
-    return style.rows(
-        {name: _over(one, "change of perplexity", form) for name, one in named.items()}
-    )
+    rows = {name: _over(one, "change of perplexity", "{:+.1%}") for name, one in named.items()}
+    return style.rows(rows)
 
 
 def _change(pair: Paired | None) -> tuple[str, str]:
@@ -283,19 +278,14 @@ def alpha(law: Crossed) -> pd.DataFrame:
 def overfitting(curves: dict[str, Sequence[Result]], note: pd.DataFrame) -> pd.DataFrame:
     """Best epoch, and how much worse two epochs later and the last are (means over seeds); note
     003's figures beside."""
-    rows = {}
+    means = {}
     for name, runs in curves.items():
-        best = [stopping.best(r) for r in runs]
+        each = pd.DataFrame([stopping.best(r) for r in runs])
         last = [r.phase2_history[-1]["val_ppl"] for r in runs]
-        over = [end / row["val_ppl"] - 1 for end, row in zip(last, best, strict=True)]
-        rows[name] = {
-            "best epoch": style.mean([row["epoch"] for row in best], "{:.1f}"),
-            "PPL there": style.mean([row["val_ppl"] for row in best], "{:.1f}"),
-            "two epochs later": style.mean([stopping.rise(r) for r in runs], "{:+.1%}"),
-            "last epoch": style.mean(over, "{:+.1%}"),
-            "warnings": _words(w for r in runs for w in r.warnings),
-        }
-    table = style.rows(rows)
+        rises = pd.Series(map(stopping.rise, runs), dtype=float)
+        means[name] = each.assign(rise=rises, over=last / each.val_ppl - 1).mean()
+    table = style.columns(pd.DataFrame(means).T, "overfitting")
+    table["warnings"] = [_words(w for r in runs for w in r.warnings) for runs in curves.values()]
     for one in note.to_dict("records"):
         rise = f"{one['epoch4_val_ppl'] / one['epoch2_val_ppl'] - 1:+.1%}"
         figures = [f"{one['best_epoch']}", f"{one['epoch2_val_ppl']:.1f}", rise, rise, ""]
@@ -330,8 +320,7 @@ def forms(tokens: ArrayLike, ppl: ArrayLike) -> pd.DataFrame:
             needed = f"needs {scaling.SIZES_NEEDED[form]} sizes"
             rows[name] = {"formula": formula, "95 % interval": needed}
             continue
-        law = fits[form]
-        interval = law.interval()
+        law, interval = fits[form], fits[form].interval()
         low, high = interval or (None, None)
         if isinstance(law, PowerLaw):
             exponent, limit, remark = law.alpha, style.MISSING, ""
@@ -419,11 +408,9 @@ def counted(results: Sequence[Result]) -> pd.DataFrame:
     """Perplexity of the models that only count, at every size (bits per byte beside it)."""
     rows = {}
     for size, runs in _sizes(results).items():
-        rows[size] = {
-            name: "{ppl:.1f} ({bpb:.3f})".format(**line) if line else style.MISSING
-            for key, name in compare.COUNTED.items()
-            for line in [runs[0].baselines[key]]
-        }
+        there = compare.counted(runs[0])
+        words = {name: "{ppl:.1f} ({bpb:.3f})".format(**line) for name, line in there.items()}
+        rows[size] = dict.fromkeys(compare.COUNTED.values(), style.MISSING) | words
     return style.rows(rows, "conversations")
 
 
@@ -445,7 +432,7 @@ def memories(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     rows = {}
     for kind in dict.fromkeys(one["kind"] for one in records):
         runs = [one for one in records if one["kind"] == kind]
-        r2 = pd.concat([pd.DataFrame(one["recall"]) for one in runs]).groupby("lag").r2.mean()
+        r2 = compare.recall(runs, kind)
         cuts = [pd.DataFrame(one["cuts"]) for one in runs if "cuts" in one]
         cut = compare.memory(cuts) if cuts else pd.DataFrame({"k": [], "change": []})
         used, rate = cut.k[cut.change >= compare.USED], runs[0].get("contraction_rate")
