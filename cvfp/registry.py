@@ -11,9 +11,10 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import cloudpickle
 import torch
 from torch import Tensor
 
@@ -96,15 +97,33 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     raise ParameterError(kind, name, f"{names}, one registered first, or 'module:function'{hint}")
 
 
-def own() -> dict[tuple[str, str], tuple[Callable[..., Any], str | None]]:
-    """The registered parts of the caller's own, with their sources: what a worker is sent."""
-    every = [(kind, name, part) for kind, parts in PARTS.items() for name, part in parts.items()]
-    return {(k, name): (part, source(k, name)) for k, name, part in every if not is_built_in(part)}
+def own(experiments: Iterable[Any] = ()) -> bytes:
+    """What a worker is sent: all own parts that are registered or that these Experiments name, with
+    their sources. By value, and so is what they use of modules that are not installed."""
+    named = {(k, str(getattr(one, k))) for one in experiments for k in KINDS if getattr(one, k)}
+    named |= {(kind, name) for kind, parts in PARTS.items() for name in parts}
+    parts = {(k, name): resolve(k, name) for k, name in sorted(named)}
+    mine = {at: part for at, part in parts.items() if not is_built_in(part)}
+    modules: dict[str, types.ModuleType] = {}
+    todo = [getattr(part, "__module__", None) for part in mine.values()]
+    while todo:
+        module = sys.modules.get(str(todo.pop()))
+        if module and module.__name__ not in {"__main__", *modules} and not _is_library(module):
+            modules[module.__name__] = module
+            members = vars(module).values()
+            todo += [getattr(one, "__module__", getattr(one, "__name__", "")) for one in members]
+    for module in modules.values():
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps({at: (part, source(*at)) for at, part in mine.items()})
+    finally:
+        for module in modules.values():
+            cloudpickle.unregister_pickle_by_value(module)
 
 
-def receive(parts: dict[tuple[str, str], tuple[Callable[..., Any], str | None]]) -> None:
+def receive(parts: bytes) -> None:
     """In a worker: the caller's parts, whose sources only the caller can read."""
-    for (kind, name), (part, digest) in parts.items():
+    for (kind, name), (part, digest) in cloudpickle.loads(parts).items():
         PARTS[kind][name], RECEIVED[kind, name] = part, digest
 
 

@@ -22,7 +22,7 @@ HEART = (
     "recurrence",
     "metrics",
 )
-HEART_LINES, OPS_LINES, PACKAGE_LINES = 1100, 800, 11_500
+HEART_LINES, OPS_LINES, PACKAGE_LINES = 1100, 800, 12_100
 
 # Low to high; a module imports from its own layer and those before it. Packages stand for all that
 # is in them; modules that are not there are ignored.
@@ -52,6 +52,8 @@ LAYERS: list[list[str]] = [
         "variants",
         "watch",
     ],
+    ["workers"],
+    ["cluster"],
     ["sweep"],
     ["tuning"],
     ["analysis", "explorer", "notebook"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from conftest import tiny_experiment
 from synthetic import made
 
 import cvfp
-from cvfp import Experiment, ParameterError, Result, tuning
+from cvfp import Experiment, ParameterError, Result, tuning, workers
 from cvfp.analysis import tables
 from cvfp.config import HINTS
 from cvfp.tuning import CVFP, KINDS, LSTM, RANDOM, SCALED, SHUFFLED, WINDOW
@@ -287,15 +286,14 @@ def test_table_of_choices(plant: Plant) -> None:
 
 def test_runs_has_nothing_for_one_that_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = tiny_experiment(contexts="zero"), tiny_experiment(contexts="zero", seed=2)
-    module = sys.modules["cvfp.sweep"]
-    kept = module.run
+    kept = workers.run
 
-    def run(experiment: Experiment) -> Result:
+    def run(experiment: Experiment, **how: Any) -> Result:
         if experiment.seed == 2:
             raise FloatingPointError("Phase 2 is not finite")
-        return kept(experiment)
+        return kept(experiment, **how)
 
-    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(workers, "run", run)
     first, second = tuning.runs([one, other])
     assert second is None
     assert first is not None
