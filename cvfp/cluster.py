@@ -206,7 +206,8 @@ class Caller(NamedTuple):
     shared: bool
 
     def finish(self, jobs: dict[int, Job], gives_up: bool, own: bytes) -> Iterator[Ended]:
-        """The runs as they end, begun in their order. Left before the end, it cancels the rest."""
+        """The runs as they end, begun in their order; those left when `connected` ends,
+        Dask cancels."""
         sent: dict[str, Any] = {}
         firsts: dict[str, Any] = {}  # by Phase 1: who has it, or will
         runs: dict[Any, int] = {}
@@ -218,36 +219,35 @@ class Caller(NamedTuple):
                 sent[key] = self.client.submit(same, value, key=name, priority=1)
             return sent[key]
 
-        try:
-            for job in jobs.values():
-                send(job.data.fingerprint, job.data)
-                if job.table:
-                    send(job.table.fingerprint, job.table)
-                if job.phase1 and not self.shared and (there := read(phase1_files(job))):
-                    firsts[job.phase1] = send(job.phase1, (None, [], there))
-            self.client.replicate(list(sent.values()))  # before runs take all threads
-            for place, (number, job) in enumerate(jobs.items()):
-                wanted = [f"runs/{job.key}.json", f"models/{job.key}.safetensors"]
-                wanted += phase1_files(job) if sharing[job.phase1] > 1 else []
-                table = job.table and sent[job.table.fingerprint]
-                reads = sent[job.data.fingerprint], table, firsts.get(job.phase1 or "")
-                given: dict[str, Any] = dict(resources=ONE, priority=-place, pure=False)
-                task = job.experiment, *reads, wanted, self.probe, (gives_up, own, self.place)
-                future = self.client.submit(work, *task, **given)
-                runs[future] = number
-                if job.phase1:
-                    firsts.setdefault(job.phase1, future)
-            for future in as_completed(list(runs), loop=self.client.loop):
-                number = runs.pop(future)
-                try:
-                    result, said, there = future.result()
-                except Exception as error:  # not the run's own, which is returned
-                    result, said, there = f"{type(error).__name__}: {error}", [], {}
-                keep(there)
-                yield number, result, said
-        finally:
-            with suppress(Exception):  # the scheduler is gone
-                self.client.cancel(list(runs), force=True)
+        for job in jobs.values():
+            send(job.data.fingerprint, job.data)
+            if job.table:
+                send(job.table.fingerprint, job.table)
+            if job.phase1 and not self.shared and (there := read(phase1_files(job))):
+                firsts[job.phase1] = send(job.phase1, (None, [], there))
+        self.client.replicate(list(sent.values()))  # before runs take all threads
+        for place, (number, job) in enumerate(jobs.items()):
+            wanted = [f"runs/{job.key}.json", f"models/{job.key}.safetensors"]
+            wanted += phase1_files(job) if sharing[job.phase1] > 1 else []
+            table = job.table and sent[job.table.fingerprint]
+            reads = sent[job.data.fingerprint], table, firsts.get(job.phase1 or "")
+            given: dict[str, Any] = dict(resources=ONE, priority=-place, pure=False)
+            task = job.experiment, *reads, wanted, self.probe, (gives_up, own, self.place)
+            future = self.client.submit(work, *task, **given)
+            runs[future] = number
+            if job.phase1 and sharing[job.phase1] > 1:
+                firsts.setdefault(job.phase1, future)
+        for future in as_completed(list(runs), loop=self.client.loop):
+            number = runs.pop(future)
+            try:
+                result, said, there = future.result()
+            except Exception as error:  # not the run's own, which is returned
+                result, said, there = f"{type(error).__name__}: {error}", [], {}
+            sharing[jobs[number].phase1] -= 1
+            if not sharing[jobs[number].phase1]:  # results stay at a worker until released
+                firsts.pop(jobs[number].phase1 or "", None)
+            keep(there)
+            yield number, result, said
 
 
 def phase1_files(job: Job) -> list[str]:

@@ -97,11 +97,10 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     raise ParameterError(kind, name, f"{names}, one registered first, or 'module:function'{hint}")
 
 
-def own(experiments: Iterable[Any] = ()) -> bytes:
-    """What a worker is sent: all own parts that are registered or that these Experiments name, with
-    their sources. By value, and so is what they use of modules that are not installed."""
+def own(experiments: Iterable[Any]) -> bytes:
+    """What a worker is sent: the own parts that these Experiments name, with their sources; by
+    value, and so is what they use of modules that are not installed."""
     named = {(k, str(getattr(one, k))) for one in experiments for k in KINDS if getattr(one, k)}
-    named |= {(kind, name) for kind, parts in PARTS.items() for name in parts}
     parts = {(k, name): resolve(k, name) for k, name in sorted(named)}
     mine = {at: part for at, part in parts.items() if not is_built_in(part)}
     modules: dict[str, types.ModuleType] = {}
