@@ -1,6 +1,6 @@
 """Sweeps side by side against one after the other, in turn, as JSON on stdout.
 
-    python -m benchmarks.sweeps cluster [--runs 12] [--turns 3]
+    python -m benchmarks.sweeps cluster [--runs 12] [--turns 3] [--samples 20]
     python -m benchmarks.sweeps device [--runs 24] [--per-device auto]
 
 `cluster`: a scheduler and `dask worker` processes of one thread, as a user would start them, and
@@ -30,7 +30,7 @@ import cvfp
 from cvfp import config, watch
 from cvfp.progress import Whole
 
-SMALL: dict[str, Any] = dict(samples=20, phase2_epochs=3, device="cpu", precision="float32")
+SMALL: dict[str, Any] = dict(phase2_epochs=3, device="cpu", precision="float32")
 
 
 @contextlib.contextmanager
@@ -73,8 +73,8 @@ def timed(one: cvfp.Experiment, runs: int, **where: Any) -> tuple[float, list[An
         return seconds, [(result.key, result.val_ppl) for result in results]
 
 
-def on_cluster(runs: int, turns: int) -> dict[str, Any]:
-    one = cvfp.Experiment.preset("mini", **SMALL)
+def on_cluster(runs: int, turns: int, samples: int) -> dict[str, Any]:
+    one = cvfp.Experiment.preset("mini", samples=samples, **SMALL)
     took: dict[int, list[float]] = {1: [], 2: []}
     alone, here = timed(one, runs)
     same = True
@@ -133,11 +133,12 @@ def main() -> None:
     parser.add_argument("what", choices=["cluster", "device"])
     parser.add_argument("--runs", type=int)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--per-device", default="auto")
     given = parser.parse_args()
     on = {"device": watch.device_name(config.resolve_device("auto")), "torch": torch.__version__}
     if given.what == "cluster":
-        found = on_cluster(given.runs or 12, given.turns)
+        found = on_cluster(given.runs or 12, given.turns, given.samples)
     else:
         found = on_device(given.runs or 24, given.per_device)
     print(json.dumps({**on, "load_at_the_end": os.getloadavg()[0], **found}, indent=1))

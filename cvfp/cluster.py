@@ -149,9 +149,9 @@ def connected(
     """The cluster of a scheduler that runs, or one of so many workers here. Raises
     `ParameterError`: it cannot be reached, has no workers, or one that would compute otherwise."""
     with ExitStack() as held:
-        log = logging.getLogger("distributed")
-        held.callback(log.setLevel, log.level)
-        log.setLevel(logging.CRITICAL)  # what matters is said by this module
+        for log in map(logging.getLogger, ("distributed", "distributed.client")):
+            held.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL)  # what matters is said by this module
         held.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # a table
         if address is None:

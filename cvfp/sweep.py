@@ -26,6 +26,7 @@ from cvfp.result import Result, Results
 from cvfp.workers import MEMORY, Ended, Job, Place, mps, numbered, run_one
 
 MOST = 8  # runs side by side on a GPU that "auto" takes: more gain nothing
+NAMED = 20  # failed runs in an error; its notes have all
 LATEST = 100  # stored runs by which seconds are foretold
 
 
@@ -130,10 +131,10 @@ def _runs(
             numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
             every.finish(bool(result and result.from_store), numbers)
     if failed:
-        words = "; ".join(f"{name}: {text.splitlines()[-1]}" for name, text in failed.items())
-        error = RuntimeError(
-            f"{len(failed)} of {len(jobs)} runs failed, others are stored: {words}"
-        )
+        each = [f"{name}: {text.splitlines()[-1]}" for name, text in failed.items()]
+        words = "; ".join(each[:NAMED]) + "; …" * (len(each) > NAMED)
+        count = f"{len(failed)} of {len(jobs)} runs failed, others are stored"
+        error = RuntimeError(f"{count}: {words}")
         error.add_note("\n".join(failed.values()))
         raise error
     return results
