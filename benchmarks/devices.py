@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cvfp import Experiment, distributed, phase1, phase2, seeds
+from cvfp import Experiment, controls, phase1, phase2, seeds, share
 from cvfp.build import build_cvfp
-from cvfp.distributed import Ranks, Shards
+from cvfp.experiment import joint
 from cvfp.model import CVFP
-from cvfp.share import ALONE
+from cvfp.share import ALONE, Ranks, Shards
 from cvfp.watch import device_name
 
 SHORT = 20_000  # tokens of validation
@@ -55,7 +55,7 @@ class Bench:
     """One setting on these devices."""
 
     def __init__(self, one: Experiment, tokens: int, vocab: int) -> None:
-        self.exp, self.everyone = one.resolved(), distributed.ranks()
+        self.exp, self.everyone = one.resolved(), share.started()
         self.device = torch.device(self.exp.device)
         every = stream(tokens + SHORT, vocab).to(self.device)
         self.train, self.val = every[:tokens], every[tokens:]
@@ -66,33 +66,33 @@ class Bench:
     def turn(self, ranks: Ranks, batches: list[int]) -> dict[str, Any]:
         """Seconds of every part on these ranks, and its figures."""
         gc.collect()
-        model, share = self.model(), ranks if ranks.size > 1 else ALONE
-        inputs, draw = model.context_inputs(self.train), self.draw("phase1")
+        model, draw = self.model(), self.draw("phase1")
+        inputs = model.context_inputs(self.train)
         rest = ranks.draws(lambda steps, *state: steps, draw, inputs, self.exp)
         ends: list[float] = []
         report = self.stamp(ends)
-        first = phase1.train(model.context_block, inputs, self.exp, draw, report, rest, share)
+        first = phase1.train(model.context_block, inputs, self.exp, draw, report, rest, ranks)
         made: dict[str, Any] = {"phase1_iteration": (ends[-1] - ends[0]) / (len(ends) - 1)}
         made["phase1_loss"] = first.history[-1]["loss"]
 
-        ranks.exact(model.context_block, inputs.first(SHORT))
+        joint(ranks, model.context_block, inputs.first(SHORT))
         start = self.now()
-        exact = ranks.exact(model.context_block, inputs, whole=False)
+        exact = joint(ranks, model.context_block, inputs, whole=False)
         made["contexts"] = self.now() - start
         made |= {"contexts_sweeps": exact.sweeps, "contexts_converged": exact.converged}
         del exact
 
-        judged = ranks.exact(model.context_block, model.context_inputs(self.val)).values
+        judged = joint(ranks, model.context_block, model.context_inputs(self.val)).values
         rows: Any = first.contexts
         if ranks.size > 1:
-            own = ranks.own(len(self.train), min(self.exp.loss_group, len(self.train)))
+            own = ranks.own(len(self.train), self.exp.loss_group)
             rows = Shards(ranks, rows, own, self.train)
         block = model.context_block.state_dict()
         for size in batches:
             model, exp = self.model(), self.exp.replace(phase2_batch_size=size)
             model.context_block.load_state_dict(block)
-            train = ranks.part(model, exp, rows, self.train, size)
-            choosing = ranks.part(model, exp, judged, self.val)
+            train = ranks.part(controls.positions(model, rows, self.train, exp), size)
+            choosing = ranks.part(controls.positions(model, judged, self.val, exp))
             ends.clear()
             with ranks.gradients(model):
                 second = phase2.train(train, choosing, exp, self.draw("batches", "cpu"), report)
@@ -131,7 +131,7 @@ def main() -> None:
     bench = Bench(Experiment.preset("published_size", **fixed), given.tokens, given.vocab)
     turns: dict[str, list[dict[str, Any]]] = {"one": [], "all": []}
     for turn in range(given.repeats + 1):
-        for name, ranks in (("one", distributed.ALONE), ("all", bench.everyone)):
+        for name, ranks in (("one", ALONE), ("all", bench.everyone)):
             made = {} if name == "one" and bench.everyone.rank else bench.turn(ranks, batches)
             if bench.everyone.size > 1:  # the others wait for the one
                 dist.broadcast_object_list([None], 0, device=torch.device("cpu"))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import cvfp
-from cvfp import cache, config, distributed, packs
+from cvfp import cache, config, packs, share
 
 COMMANDS = {
     "run": "a preset with these fields changed; at once where the store has it",
@@ -36,7 +36,7 @@ def main() -> None:
                 parser.error(f"fields: got {given.fields}; accepted: each once")
             one = cvfp.Experiment.preset(given.preset, **fields)
             results = cvfp.Results([cvfp.run(one)])
-            if not distributed.ranks().rank:  # one of several devices tells
+            if not share.started().rank:  # one of several devices tells
                 _show(results)
         elif given.command == "results":
             said = given.fields

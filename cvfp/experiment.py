@@ -23,7 +23,6 @@ from cvfp import (
     checkpoint,
     contexts,
     controls,
-    distributed,
     embeddings,
     end_to_end,
     estimate,
@@ -41,7 +40,6 @@ from cvfp.build import build
 from cvfp.checkpoint import Checkpoint, Follow, Row
 from cvfp.config import Experiment, ParameterError
 from cvfp.data import Data
-from cvfp.distributed import Ranks, Shards
 from cvfp.end_to_end import Peer
 from cvfp.inputs import TokenInputs
 from cvfp.model import CVFP, Block
@@ -49,13 +47,16 @@ from cvfp.ops import placement
 from cvfp.progress import Stage
 from cvfp.recurrence import Recurrence, diagnose
 from cvfp.result import Result
-from cvfp.share import ALONE
+from cvfp.share import ALONE, Ranks, Shards, started
 from cvfp.version import __version__
 from cvfp.watch import Background, Watch, device_name
 
 VERSIONS = ("torch", "numpy", "tokenizers")
-RATE, SINGLE = "phase1_learning_rate", distributed.ALONE
+RATE = "phase1_learning_rate"
 SAID = 120  # seconds that training is expected to take, from which on a reader is told
+AHEAD = 64  # a rank's warm-up is that part of its range: to be wrong would take twice as long
+REFUSED: Any = dict(model=("lstm", "transformer"), contexts=registry.JOINTLY, device=("mps",))
+REFUSED |= dict(phase1_step=("group",), phase1_fresh=(True,))  # what several devices cannot share
 # Phase 2, if there was one, and the Result's other figures by name.
 Trained = tuple[phase2.Phase2 | None, dict[str, Any]]
 
@@ -78,10 +79,13 @@ def run(
     """
     if not callable(watch):
         raise ParameterError("watch", watch, "a function of a row")
-    ranks = distributed.ranks()
+    ranks = started()
     cache.check_home()
     experiment = ranks.agreed(experiment.resolved)
-    ranks.check(experiment)
+    for name, values in REFUSED.items() if ranks.size > 1 else ():
+        if (got := getattr(experiment, name)) in values:
+            usual = getattr(Experiment(), name)
+            raise ParameterError(name, got, f"{usual!r} on {ranks.size} devices")
     placement.asked_place()  # raises now, not after a table has been fitted
     with ops.using(experiment.ops):
         while True:
@@ -104,7 +108,6 @@ def _run(
     watch = Watch(experiment.device)
     data, table = prepare(experiment, watch)
     experiment = experiment.settled(data.sizes)
-    ranks.check(experiment, len(data.train) + len(data.unlabelled))
     fingerprints = data.fingerprint, table.fingerprint
     key = store.key(experiment, *fingerprints)
     unread = [kind for kind, one in registry.sources(experiment).items() if one is None]
@@ -113,8 +116,7 @@ def _run(
         words = f"{kind} {getattr(experiment, kind)!r}: its source, or that of what it names, "
         words += "cannot be read, so this run is neither taken from the store nor stored"
         warnings.warn(words, stacklevel=3)
-    main = not ranks.rank
-    if reuse and stored and main:  # other processes with the same Experiment wait for its result
+    if reuse and stored and not ranks.rank:  # others with the same Experiment wait for its result
         held.enter_context(cache.alone(cache.home() / "runs" / key))
     record = ranks.agreed(lambda: store.read_run(key) if reuse and stored else None)
     if record is not None:
@@ -124,14 +126,13 @@ def _run(
     vocab, dim = table.weight.shape
     # Measures this machine for a moment: only where somebody is told.
     told = progress.mode() != "none"
-    tokens = len(data.train) // ranks.size
-    expected = estimate.seconds(experiment, vocab, dim, tokens) if told else 0.0
-    if expected > SAID:
-        progress.tell(f"Training takes about {expected / 60:,.0f} minutes, or less")
-    model = build(experiment, table.weight, data.tokenizer).to(experiment.device)
-    ranks.same(model)
-    alone = stored and ranks.size == 1  # else each has contexts of its own
-    phase1_key = store.key(experiment, *fingerprints, phase1=True) if alone else None
+    expected = estimate.seconds(experiment, vocab, dim, len(data.train)) if told else 0.0
+    if expected > SAID * ranks.size:
+        progress.tell(f"Training takes about {expected / 60 / ranks.size:,.0f} minutes, or less")
+    model = build(experiment, table.weight, data.tokenizer)
+    model.load_state_dict(ranks.agreed(model.state_dict))  # each machine may have fitted a table
+    model = model.to(experiment.device)
+    phase1_key = store.key(experiment, *fingerprints, phase1=True) if stored else None
     with Background(experiment.device) as background:
         keys = key if stored else None, phase1_key
         training = _Training(experiment, data, *keys, watch, follow, reuse, background, held, ranks)
@@ -177,7 +178,7 @@ def _run(
         partial=training.partial,
         _model=model,
     )
-    if stored and main and not result.partial:
+    if stored and not ranks.rank and not result.partial:
         store.write_model(key, model.state_dict())
         store.write_run(key, result.to_dict())
         cache.delete(checkpoint.path_of(key))
@@ -233,15 +234,15 @@ class _Training:
         if self.partial or (first is not None and first.aborted is not None):
             return None, measured
         batches = seeds.generator(experiment.seed, "batches")
-        with self.second_phase() as loop:
-            part = partial(self.ranks.part, model, experiment)
-            train = part(train_contexts, self.train_tokens, experiment.phase2_batch_size)
-            judge = choosing = part(val_contexts, self.val_tokens)
+        with self.second_phase() as loop, self.ranks.gradients(model):
+            train = controls.positions(model, train_contexts, self.train_tokens, experiment)
+            judge = choosing = controls.positions(model, val_contexts, self.val_tokens, experiment)
             if self.dev_tokens is not None:
-                choosing = part(self.contexts(model, self.dev_tokens), self.dev_tokens)
-            with self.ranks.gradients(model):
-                second = phase2.train(train, choosing, experiment, batches, *loop)
-        return self.judged(second, partial(phase2.evaluate, judge)), measured
+                there = self.contexts(model, self.dev_tokens)
+                choosing = controls.positions(model, there, self.dev_tokens, experiment)
+            part, size = self.ranks.part, experiment.phase2_batch_size
+            second = phase2.train(part(train, size), part(choosing), experiment, batches, *loop)
+        return self.judged(second, partial(phase2.evaluate, part(judge))), measured
 
     def judged(
         self, second: phase2.Phase2, judge: Callable[[], phase2.Evaluation]
@@ -293,16 +294,16 @@ class _Training:
         figures: dict[str, Any] = {name: getattr(first, name) for name in names}
         figures |= dict(phase1_iterations=first.iterations, phase1_history=first.history)
         figures["phase1_from_store"] = stored
-        labelled, total = len(self.train_tokens), len(self.train_tokens) + len(self.unlabelled)
-        own = self.ranks.own(total, min(self.experiment.loss_group, total))
-        rows: Any = first.contexts[: max(0, labelled - own.start)]
+        rows: Any = first.contexts[: len(self.train_tokens)]
         if self.ranks.size > 1:
-            rows = Shards(self.ranks, rows, own, self.train_tokens)
+            total = len(self.train_tokens) + len(self.unlabelled)
+            own = self.ranks.own(total, self.experiment.loss_group)
+            rows = Shards(self.ranks, first.contexts, own, self.train_tokens)
         return replace(first, contexts=rows), figures
 
     def phase1_of(self, model: CVFP) -> tuple[phase1.Phase1, bool]:
         """Phase 1 from the store, or trained and then stored in the background; and which."""
-        experiment, key = self.experiment, self.phase1_key
+        experiment, key = self.experiment, None if self.ranks.size > 1 else self.phase1_key
         held = self.held.enter_context(ExitStack())
         if self.reuse and key:  # and those with the same Phase 1 for that
             held.enter_context(cache.alone(cache.home() / "phase1" / key))
@@ -331,7 +332,6 @@ class _Training:
                 if exact.converged:
                     spectrum = metrics.singular_values(exact.values)
                     row["val_er"] = metrics.effective_rank(spectrum) / experiment.context_dim
-            row |= self.ranks.agreed(lambda: row)
             loop.tell(row)
             return abort.reason(history) if experiment.phase1_abort else None
 
@@ -342,8 +342,7 @@ class _Training:
             train = model.context_inputs(read)
             noise = seeds.generator(experiment.seed, "phase1", experiment.device)
             rest = self.ranks.draws(loop.rest, noise, train, experiment)
-            share = self.ranks if self.ranks.size > 1 else ALONE
-            given = model.context_block, train, experiment, noise, report, rest, share
+            given = model.context_block, train, experiment, noise, report, rest, self.ranks
             first = phase1.train(*given)
         self.watch.seconds["phase1"] += loop.before
         self.partial = loop.stop
@@ -385,12 +384,12 @@ class _Training:
         returned = registry.resolve("contexts", name)(model, tokens, self.experiment)
         return registry.check_contexts(name, returned, shape).to(model.embedding)
 
-    def spectra(self, train: Any, validation: Any) -> dict[str, Any]:
+    def spectra(self, train: Tensor, validation: Tensor) -> dict[str, Any]:
         """Singular values of contexts, and their effective rank as a fraction of D."""
         figures: dict[str, Any] = {}
         for name, values in (("train", train), ("val", validation)):
-            mine = (values.rows, self.ranks) if isinstance(values, Shards) else (values, ALONE)
-            spectrum = metrics.singular_values(mine[0], self.experiment.device, mine[1])
+            ranks = self.ranks if isinstance(values, Shards) else ALONE
+            spectrum = metrics.singular_values(values, self.experiment.device, ranks)
             figures[f"{name}_spectrum"] = spectrum.tolist()
             figures[f"{name}_er"] = metrics.effective_rank(spectrum) / self.experiment.context_dim
         return figures
@@ -404,7 +403,6 @@ class _Training:
             loop = self.checkpoint(2, self.key, lambda row: stage.advance(epoch, row))
 
             def report(row: Row) -> None:
-                row |= self.ranks.agreed(lambda: row)
                 stage.show(row)
                 loop.tell(row)
 
@@ -417,6 +415,7 @@ class _Training:
         """Of one phase's loop."""
 
         def follow(row: Row) -> object:
+            row |= self.ranks.agreed(lambda: row)  # what is decided by it is the first one's, too
             return self.ranks.agreed(lambda: bool(self.follow({"phase": float(phase), **row})))
 
         # Plain Adam has no state before its first step that could be restored in place.
@@ -467,8 +466,37 @@ def prepare(experiment: Experiment, watch: Watch | None = None) -> tuple[Data, e
     return data, table
 
 
+@torch.no_grad()
+def joint(ranks: Ranks, block: Block, inputs: TokenInputs, whole: bool = True) -> contexts.Contexts:
+    """`contexts.evaluate`, with a rank for a block once more: each evaluates its range from where a
+    warm-up ends, and again if it is handed another start. Not `whole`: its own, as `Shards`.
+    The bound takes a start's error to last. Where blocks are short already each does all."""
+    few = len(inputs) <= contexts.SHORTEST_BLOCK * ops.side_by_side(inputs.table.device)
+    if ranks.size == 1 or (whole and few):
+        return contexts.evaluate(block, inputs)
+    own, start = ranks.own(len(inputs), 1), inputs.table.new_zeros(1, block.context_dim)
+    if own.start:
+        ahead = min(own.start, max(contexts.WARM_UP, len(own) // AHEAD))
+        start = contexts.evaluate(block, inputs.first(ahead, own.start - ahead)).values[-1:]
+    residuals: list[dict[str, float]] = []
+    settled = False
+    while not settled and len(residuals) <= ranks.size:
+        made = contexts.evaluate(block, inputs.first(len(own), own.start), initial=start[0])
+        handed = ranks.every(made.values[-1:])[ranks.rank - 1] * bool(own.start)
+        told = [metrics.relative_errors(start, handed)[0], start.new_tensor(made.error_bound)]
+        jumps, bounds = ranks.every(torch.stack(told)).T.tolist()
+        residuals.append({"relative": max(jumps)})
+        settled = all(jump <= 1e-5 for jump in jumps)  # as in `contexts.evaluate`; NaN is not
+        start = handed
+    bound = max(bounds) + contexts.ENLARGED * sum(jumps) if settled else math.inf
+    rows: Any = made.values
+    rows = ranks.whole(rows, own, len(inputs)) if whole else Shards(ranks, rows, own, inputs.tokens)
+    steps = len(residuals) * made.sweeps, len(residuals) * made.steps
+    return contexts.Contexts(rows, residuals, *steps, bound < math.inf, bound)
+
+
 def exact_contexts(
-    block: Block, inputs: TokenInputs, rate: str = RATE, ranks: Ranks = SINGLE, whole: bool = True
+    block: Block, inputs: TokenInputs, rate: str = RATE, ranks: Ranks = ALONE, whole: bool = True
 ) -> contexts.Contexts:
     """The contexts of a stream from a zero state, exact to float32.
 
@@ -479,7 +507,7 @@ def exact_contexts(
     Raises:
         FloatingPointError: they did not converge.
     """
-    exact = ranks.exact(block, inputs, whole)
+    exact = joint(ranks, block, inputs, whole)
     if not exact.converged:
         last = exact.residuals[-1]["relative"]
         raise FloatingPointError(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cvfp.share import ALONE, Share
+from cvfp.share import ALONE, Ranks
 
 
-def singular_values(contexts: Tensor, device: Any = None, share: Share = ALONE) -> Tensor:
+def singular_values(contexts: Tensor, device: str | None = None, share: Ranks = ALONE) -> Tensor:
     """Uncentred singular values of [T, D], float64, descending, at most min(T, D) of them, computed
     on `device` (None: where the contexts are).
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cvfp import objectives, ops, registry
 from cvfp.inputs import TokenInputs
 from cvfp.model import Block
-from cvfp.share import ALONE, Share
+from cvfp.share import ALONE, Ranks
 
 if TYPE_CHECKING:
     from cvfp.config import Experiment
@@ -49,7 +49,7 @@ def train(
     generator: torch.Generator,
     report: Callable[[dict[str, float]], str | None] = lambda row: None,
     rest: Callable[..., Iterable[int]] = lambda steps, *state: steps,
-    share: Share = ALONE,
+    share: Ranks = ALONE,
 ) -> Phase1:
     """Train `block` in place until its contexts over the stream stop changing.
 
@@ -100,7 +100,7 @@ def train(
 
     for iteration in rest(steps, parts, generator, result.history):
         sums: dict[str, Tensor] = {}  # read once, when the iteration ends
-        last = share.before(contexts[-1:].to(device, copy=True))
+        last = share.every(contexts[-1:].to(device, copy=True))[share.rank - 1]
         for part, old in ops.prefetch(passes, lambda part: contexts[part].to(device), elsewhere):
             # Token t reads the context of t-1; token 0 that of the last (a ring).
             read = torch.cat([last, old[:-1]]).to(inputs.table.dtype)  # [K·G, D]

@@ -63,7 +63,7 @@ class Positions:
         self.model, self.contexts, self.tokens = model, contexts, tokens
         self.context_inputs = model.context_inputs(tokens)
         self.total = len(tokens) - 1  # the last token has no successor
-        self.ranks = 1  # devices, each with the outputs of its part of a batch (`distributed`)
+        self.ranks = 1  # devices, each with the outputs of its part of a batch (`share`)
 
     def previous(self, positions: Tensor) -> Tensor:
         """The contexts that `positions` [B] read: [B, D], on the model's device."""

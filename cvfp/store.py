@@ -28,8 +28,7 @@ from cvfp.ops import placement
 DATA_CODE = ("corpora", "data", "embeddings", "hub", "tokenizer")
 MODEL_CODE = ("build", "contexts", "inputs", "metrics", "model", "ops", "recurrence", "seeds")
 PHASE1_CODE = (*DATA_CODE, *MODEL_CODE, "checkpoint", "objectives", "phase1", "share", "variants")
-LATER = ("phase2", "controls", "end_to_end", "baselines", "experiment", "result", "distributed")
-RUN_CODE = (*PHASE1_CODE, *LATER)
+RUN_CODE = (*PHASE1_CODE, "phase2", "controls", "end_to_end", "baselines", "experiment", "result")
 
 MODEL_BYTES = 50_000_000
 # NumPy has no bfloat16: a file of contexts holds their bits.

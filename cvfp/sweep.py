@@ -11,7 +11,7 @@ from typing import Any
 import joblib
 import torch
 
-from cvfp import distributed, registry
+from cvfp import registry, share
 from cvfp.build import build
 from cvfp.config import Experiment, ParameterError, plain
 from cvfp.data import load
@@ -54,7 +54,7 @@ def _runs(
     if type(jobs) is not int or jobs == 0:
         raise ParameterError("n_jobs", n_jobs, "an integer of at least 1, or -1 for all cores")
     jobs = joblib.effective_n_jobs(jobs)
-    if jobs > 1 and distributed.ranks().size > 1:
+    if jobs > 1 and share.started().size > 1:
         raise ParameterError("n_jobs", n_jobs, "1 under torchrun, whose processes share each run")
     experiments = [one.resolved() for one in given]
     # What sizes left alone become with the largest holds for all, or they could not be compared.

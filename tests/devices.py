@@ -17,9 +17,19 @@ from test_phases import SMALL, make_model, make_tokens
 from torch import Tensor
 
 import cvfp
-from cvfp import Experiment, ParameterError, __main__, contexts, distributed, ops, phase1, phase2
-from cvfp.distributed import Ranks, Shards
-from cvfp.share import ALONE
+from cvfp import (
+    Experiment,
+    ParameterError,
+    __main__,
+    contexts,
+    controls,
+    ops,
+    phase1,
+    phase2,
+    share,
+)
+from cvfp.experiment import joint
+from cvfp.share import Ranks, Shards
 
 # 1000 tokens in 15 groups of 64 and one of 40; batches of 32, in Phase 2 the last of a single one.
 GROUPED, PREDICTED = 1000, 290
@@ -60,26 +70,24 @@ def in_double(ranks: Ranks) -> dict[str, Any]:
     model, stream = make_model(tying=False, freeze=False).double(), make_tokens(GROUPED)
     with torch.no_grad():
         model.embedding.add_(ranks.rank)  # as if each machine had fitted a table
-    ranks.same(model)
+    model.load_state_dict(ranks.agreed(model.state_dict))
     inputs, draw = model.context_inputs(stream), torch.Generator().manual_seed(5)
-    share = ranks if ranks.size > 1 else ALONE
-    own, block = share.own(GROUPED, 64), model.context_block
+    own, block = ranks.own(GROUPED, 64), model.context_block
     rest = ranks.draws(lambda steps, *state: steps, draw, inputs, one)
-    first = phase1.train(block, inputs, one, draw, rest=rest, share=share)
+    first = phase1.train(block, inputs, one, draw, rest=rest, share=ranks)
     made: dict[str, Any] = {"phase1": first.history, "own": len(first.contexts)}
-    made["contexts"] = share.whole(first.contexts, own, GROUPED)
+    made["contexts"] = ranks.whole(first.contexts, own, GROUPED)
 
-    exact = ranks.exact(block, inputs)
-    shared = ranks.exact(block, inputs, whole=False).values
+    exact = joint(ranks, block, inputs)
+    mine = joint(ranks, block, inputs, whole=False).values
     asked = torch.randperm(GROUPED, generator=torch.Generator().manual_seed(ranks.rank))[:100]
-    assert torch.equal(shared[asked], exact.values[asked])
+    assert torch.equal(mine[asked], exact.values[asked])
     made |= {"exact": exact.values, "converged": exact.converged, "bound": exact.error_bound}
 
     tokens = stream[:PREDICTED]
-    rows = first.contexts[: max(0, PREDICTED - own.start)]
-    shards = rows if ranks.size == 1 else Shards(ranks, rows, own, tokens)
-    train = ranks.part(model, one, shards, tokens, 32)
-    judge = ranks.part(model, one, exact.values[:100], tokens[:100])
+    shards = Shards(ranks, first.contexts, own, tokens) if ranks.size > 1 else first.contexts
+    train = ranks.part(controls.positions(model, shards, tokens, one), 32)
+    judge = ranks.part(controls.positions(model, exact.values[:100], tokens[:100], one))
     with ranks.gradients(model):
         second = phase2.train(train, judge, one, torch.Generator().manual_seed(2))
     made |= {"phase2": second.history, "nats": second.validation.nats}
@@ -110,14 +118,14 @@ class Grows(Slow):
 
 def exactly(ranks: Ranks, block: Any) -> contexts.Contexts:
     inputs = make_model().double().context_inputs(make_tokens(GROUPED))
-    return ranks.exact(block, inputs)
+    return joint(ranks, block, inputs)
 
 
 def runs(results: dict[str, Any]) -> None:
     """Every kind of run, its refusals, the store, the command line, and a run that is stopped."""
     for name, fields in RUNS.items():
-        results[name] = cvfp.run(experiment(**fields), reuse=distributed.ranks().size > 1)
-    if distributed.ranks().size == 1:
+        results[name] = cvfp.run(experiment(**fields), reuse=share.started().size > 1)
+    if share.started().size == 1:
         return
     results["again"] = cvfp.run(experiment(**RUNS["trained"]))
     for name, fields in REFUSED.items():
@@ -141,9 +149,9 @@ def runs(results: dict[str, Any]) -> None:
 
 
 def main(folder: Path, *parts: str) -> None:
-    ranks = distributed.ranks()
+    ranks = share.started()
     # Short streams are shared, too, and some of these small gradients are large ones.
-    ops.placement.SIDE_BY_SIDE["cpu"], distributed.LARGE = 4, 150
+    ops.placement.SIDE_BY_SIDE["cpu"], share.LARGE = 4, 150
     found: dict[str, Any] = {}
     if "double" in parts:
         found = in_double(ranks)

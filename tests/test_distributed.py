@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_phases import make_model, make_tokens
 
-from cvfp import Experiment, distributed, ops
-from cvfp.distributed import Ranks
+from cvfp import Experiment, ops, share
+from cvfp.share import Ranks
 
 FOLDER = Path(__file__).parent
 
@@ -47,9 +47,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    found = devices.in_double(distributed.ALONE)
+    found = devices.in_double(share.ALONE)
     kinds = {"slow": devices.Slow(), "grows": devices.Grows()}
-    return found | {k: devices.exactly(distributed.ALONE, one) for k, one in kinds.items()}
+    return found | {k: devices.exactly(share.ALONE, one) for k, one in kinds.items()}
 
 
 def test_both_phases_are_one_devices(three: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -198,12 +198,12 @@ def test_each_rank_draws_what_one_device_would(device: str, group: int) -> None:
         return torch.stack(made)
 
     parts = [drawn(Ranks(rank, 2)) for rank in range(2)]
-    assert torch.equal(torch.cat(parts, dim=1), drawn(distributed.ALONE))
+    assert torch.equal(torch.cat(parts, dim=1), drawn(share.ALONE))
 
 
 def test_a_process_alone_has_all() -> None:
-    assert distributed.ranks() is distributed.ALONE
-    assert distributed.ALONE.own(10, 3) == range(10)
-    parts = [distributed.Ranks(rank, 3).own(1000, 64) for rank in range(3)]
+    assert share.started() is share.ALONE
+    assert share.ALONE.own(10, 3) == range(10)
+    parts = [Ranks(rank, 3).own(1000, 64) for rank in range(3)]
     assert [*parts[0], *parts[1], *parts[2]] == list(range(1000))
     assert all(part.start % 64 == 0 for part in parts)

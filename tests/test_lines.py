@@ -39,7 +39,6 @@ LAYERS: list[list[str]] = [
         "card",
         "checkpoint",
         "controls",
-        "distributed",
         "end_to_end",
         "estimate",
         "experiment",
