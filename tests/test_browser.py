@@ -112,9 +112,11 @@ CELLS = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .jp-InputPrompt"
 
 def executed(page: Any) -> None:
     """Wait until every cell has run in this kernel."""
+    # The first cell is folded, and has no number to be seen.
     done = """selector => {
-        const all = [...document.querySelectorAll(selector)].map(one => one.textContent.trim());
-        return all.length > 0 && all.every((text, place) => text == `[${place + 1}]:`)
+        const every = [...document.querySelectorAll(selector)].map(one => one.textContent.trim());
+        const seen = every.filter(text => text && text != "[1]:");
+        return seen.length > 1 && seen.every((text, place) => text == `[${place + 2}]:`)
     }"""
     page.wait_for_function(done, arg=CELLS, timeout=LONG)
     page.get_by_text(IDLE).wait_for(timeout=LONG)
