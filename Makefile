@@ -23,7 +23,8 @@ export ONLY CONFIRM JOBS HUB
 .PHONY: help install study study-status report scaling claims reliability test test-full test-browser lint notebooks lab clean
 
 help:
-	@echo "make study      the reports that are out of date (ONLY=name,name JOBS=1 HUB=1; CONFIRM=1: short runs instead)"
+	@echo "make study      the reports that are out of date (ONLY=name,name JOBS=1 HUB=1; CONFIRM=1: short runs instead;"
+	@echo "                ENGINE=dask ADDRESS=tcp://host:8786: on a cluster, docs/scale.md)"
 	@echo "make study-status  how each report stands"
 	@echo "make report     reports/index.html: all of it as pages to read (ONE=1: one file to send, reports/cvfp.html)"
 	@echo "make scaling    the scaling law on real conversations, into reports/ (SAMPLES=500 SEEDS=42)"
@@ -43,6 +44,10 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
+
+# Where the sweeps of its notebooks run: what `cvfp.sweep` takes when nobody says.
+study: export CVFP_ENGINE := $(or $(ENGINE),$(CVFP_ENGINE))
+study: export CVFP_ADDRESS := $(or $(ADDRESS),$(CVFP_ADDRESS))
 
 study: install
 	$(BIN)/python -m doit run $(if $(CONFIRM),confirm,study) readme

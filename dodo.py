@@ -3,7 +3,8 @@
 python dodo.py status    how each report of reports/study.toml stands
 python dodo.py readme    write what README.md and reports/README.md show of the measurements
 
-The environment says which and how: ONLY=name,name, JOBS=runs side by side, HUB=1 for what needs it.
+The environment says which and how: ONLY=name,name, JOBS=runs side by side, HUB=1 for what needs it;
+CVFP_ENGINE and CVFP_ADDRESS where they run (docs/scale.md).
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import cloudpickle
 import torch
 from torch import Tensor
 
@@ -96,15 +97,26 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     raise ParameterError(kind, name, f"{names}, one registered first, or 'module:function'{hint}")
 
 
-def own() -> dict[tuple[str, str], tuple[Callable[..., Any], str | None]]:
-    """The registered parts of the caller's own, with their sources: what a worker is sent."""
-    every = [(kind, name, part) for kind, parts in PARTS.items() for name, part in parts.items()]
-    return {(k, name): (part, source(k, name)) for k, name, part in every if not is_built_in(part)}
+def own(experiments: Iterable[Any]) -> bytes:
+    """What a worker is sent: the own parts that these Experiments name, with their sources; by
+    value, and so is what they use of modules that are not installed."""
+    named = {(k, str(getattr(one, k))) for one in experiments for k in KINDS if getattr(one, k)}
+    parts = {(k, name): resolve(k, name) for k, name in sorted(named)}
+    mine = {at: part for at, part in parts.items() if not is_built_in(part)}
+    modules, todo = {"__main__"}, list[Any](mine.values())
+    while todo:
+        name = getattr(one := todo.pop(), "__module__", getattr(one, "__name__", ""))
+        module = sys.modules.get(str(name))
+        if module and module.__name__ not in modules and not _is_library(module):
+            modules.add(module.__name__)
+            cloudpickle.register_pickle_by_value(module)
+            todo += vars(module).values()
+    return cloudpickle.dumps({at: (part, source(*at)) for at, part in mine.items()})
 
 
-def receive(parts: dict[tuple[str, str], tuple[Callable[..., Any], str | None]]) -> None:
+def receive(parts: bytes) -> None:
     """In a worker: the caller's parts, whose sources only the caller can read."""
-    for (kind, name), (part, digest) in parts.items():
+    for (kind, name), (part, digest) in cloudpickle.loads(parts).items():
         PARTS[kind][name], RECEIVED[kind, name] = part, digest
 
 

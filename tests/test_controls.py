@@ -612,8 +612,6 @@ def test_losses_by_bin_add_up(tiny: Experiment) -> None:
 def test_a_sweep_names_a_peer_that_cannot_be_built_before_it_starts(
     tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["cvfp.sweep"], "_run_one", lambda one: pytest.fail("it started")
-    )
+    monkeypatch.setattr(sys.modules["cvfp.sweep"], "_run_one", lambda *_: pytest.fail("it started"))
     with pytest.raises(ParameterError, match="model: got 'transformer'; accepted: a model of"):
         cvfp.sweep(tiny, model=["cvfp", "transformer"])

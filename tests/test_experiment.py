@@ -254,7 +254,7 @@ def test_n_jobs_counts_as_in_joblib(
 ) -> None:
     """-1: a process for each core; with one core, this process alone."""
     small = tiny.replace(samples=2, validation_samples=2, phase2_epochs=1)
-    wanted = [result.val_ppl for result in sweep(small, seed=[1, 2])]
+    seeds = [20 + cores, 30 + cores]  # not in the store, which needs no process
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(cores))
     processes = joblib.effective_n_jobs(-1)
     assert processes <= cores
@@ -266,8 +266,11 @@ def test_n_jobs_counts_as_in_joblib(
         return parallel(n_jobs, **options)
 
     monkeypatch.setattr(joblib, "Parallel", spy)
-    assert [result.val_ppl for result in sweep(small, seed=[1, 2], n_jobs=-1)] == wanted
+    made = sweep(small, seed=seeds, n_jobs=-1)
     assert asked == ([] if processes == 1 else [processes])
+    assert sweep(small, seed=seeds, n_jobs=-1) == made
+    wanted = [cvfp.run(small.replace(seed=seed), reuse=False).val_ppl for seed in seeds]
+    assert [result.val_ppl for result in made] == wanted
 
 
 @pytest.mark.parametrize("n_jobs", [0, 1.0, "2", None, True, np.float64(1)])

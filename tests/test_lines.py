@@ -52,6 +52,7 @@ LAYERS: list[list[str]] = [
         "variants",
         "watch",
     ],
+    ["cluster"],
     ["sweep"],
     ["tuning"],
     ["analysis", "explorer", "notebook"],

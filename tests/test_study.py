@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,17 @@ def given(one: study.Report, parameters: dict[str, Any]) -> Any:
     namespace |= {**parameters, "cvfp": cvfp, "n_jobs": 1}
     exec(call[: call.index("\n)") + 2], namespace)
     return namespace["given"]
+
+
+def test_make_tells_the_notebooks_sweeps_where_to_run(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nenv | grep ^CVFP_\n")
+    (tmp_path / "python").chmod(0o700)
+    (tmp_path / "ready").touch()
+    given = ["ENGINE=dask", f"BIN={tmp_path}", f"READY={tmp_path / 'ready'}"]
+    there = {"PATH": os.environ["PATH"], "CVFP_ADDRESS": "tcp://h:1"}
+    command = ["make", "-s", "study", *given]
+    ran = subprocess.run(command, cwd=study.ROOT, env=there, capture_output=True, text=True)
+    assert sorted(ran.stdout.split()) == ["CVFP_ADDRESS=tcp://h:1", "CVFP_ENGINE=dask"]
 
 
 def test_no_report_is_stale() -> None:

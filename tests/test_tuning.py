@@ -290,10 +290,10 @@ def test_runs_has_nothing_for_one_that_diverged(monkeypatch: pytest.MonkeyPatch)
     module = sys.modules["cvfp.sweep"]
     kept = module.run
 
-    def run(experiment: Experiment) -> Result:
+    def run(experiment: Experiment, **how: Any) -> Result:
         if experiment.seed == 2:
             raise FloatingPointError("Phase 2 is not finite")
-        return kept(experiment)
+        return kept(experiment, **how)
 
     monkeypatch.setattr(module, "run", run)
     first, second = tuning.runs([one, other])
