@@ -1,14 +1,10 @@
-"""A sweep's runs on a Dask cluster: somebody's, or one of this machine that ends with the sweep.
-
-A task is a run, with data and table as the caller prepared them. Dask brings it to a worker, and to
-another if that dies."""
+"""A sweep's runs on a Dask cluster: somebody's, or one of this machine that ends with the sweep."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -27,7 +23,6 @@ from cvfp.embeddings import Table
 from cvfp.watch import Watch
 
 ONE = {"cvfp": 1}  # run at a time: what a worker has, and a run takes
-ALONE = threading.Lock()  # one also of two callers'
 TIMEOUT = 10  # seconds in which a scheduler must answer
 
 
@@ -50,8 +45,7 @@ class Takes(WorkerPlugin):
 
 @contextmanager
 def connected(address: str | None, processes: int) -> Iterator[Any]:
-    """The cluster of a scheduler that runs, or one of so many workers here. Raises
-    `ParameterError`: it cannot be reached, has no workers, or one that would compute otherwise."""
+    """`finish` for a cluster; `ParameterError`: it cannot be reached, or computes otherwise."""
     at = address = address or os.environ.get("CVFP_ADDRESS") or None
     quiet: dict[str, Any] = dict(silence_logs=logging.CRITICAL, dashboard_address=":0")
     with ExitStack() as held:
@@ -83,8 +77,7 @@ def connected(address: str | None, processes: int) -> Iterator[Any]:
 
 
 def finish(client: Client, call: Callable[..., Any], jobs: list[Any], how: Any) -> Iterator[Any]:
-    """What `call` returns for each run, as they end, begun in their order; those left when
-    `connected` ends, Dask cancels."""
+    """What `call` returns for each run, as they end, begun in their order."""
     sent: dict[str, Any] = {part.fingerprint: part for job in jobs for part in job[3:] if part}
     for name, part in sent.items():  # as a task, which Dask repeats when its worker dies
         sent[name] = client.submit(lambda x: x, part, key=f"{name}-{client.id}", priority=1)
@@ -92,7 +85,7 @@ def finish(client: Client, call: Callable[..., Any], jobs: list[Any], how: Any) 
     futures = {}
     for place, (number, one, key, *parts) in enumerate(jobs):
         reads = [part and sent[part.fingerprint] for part in parts]
-        task = client.id, key, *reads, call, number, one, *how
+        task = f"code/{client.id}", key, *reads, call, number, one, *how
         futures[client.submit(work, *task, resources=ONE, priority=-place, pure=False)] = number
     for future in as_completed(list(futures), loop=client.loop):
         number = futures.pop(future)
@@ -115,11 +108,10 @@ def work(probe: str, key: str, data: Data, table: Table | None, call: Any, *how:
         with watch("data"), watch("table"):
             return data, table or embeddings.load(one, data)
 
-    with ALONE, ExitStack() as held:
+    with ExitStack() as held:
         held.callback(setattr, experiment, "prepare", experiment.prepare)
         setattr(experiment, "prepare", prepare)  # noqa: B010
         ended = call(*how, worker.state.nthreads, watch=lambda row: task.state != "executing")
-    shared = (cache.home() / "code" / probe).exists()
-    names = [] if shared else [f"models/{key}.safetensors", f"runs/{key}.json"]
-    paths = {name: cache.home() / name for name in names}
-    return ended, {name: path.read_bytes() for name, path in paths.items() if cache.sound(path)}
+    home = cache.home()
+    names = [f"models/{key}.safetensors", f"runs/{key}.json"] * (not (home / probe).exists())
+    return ended, {name: (home / name).read_bytes() for name in names if cache.sound(home / name)}

@@ -37,17 +37,13 @@ def seconds(one: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -
     """Of both phases where neither stops early, nearly, at usual sizes: their products at
     a quarter of the rate that this machine reaches in large ones. Small batches, and token after
     token, take several times as long."""
-    dtype = getattr(torch, resolve_precision(one.precision, one.device))
-    rate = max(ops.product_rate(one.device, dtype) for _ in range(4))
-    return 4 * products(one, vocab_size, embedding_dim, tokens) / rate
-
-
-def products(one: Experiment, vocab_size: int, embedding_dim: int, tokens: int) -> float:
-    """Multiplications and additions in both phases' products, nearly."""
     context, token = _blocks(one, embedding_dim)
     sweeps = one.phase1_max_iterations if one.contexts in WITH_PHASE1 else 2
     epoch = 6 * (token + vocab_size * embedding_dim) + 2 * context
-    return tokens * (6 * context * sweeps + epoch * one.phase2_epochs)
+    per_token = 6 * context * sweeps + epoch * one.phase2_epochs
+    dtype = getattr(torch, resolve_precision(one.precision, one.device))
+    rate = max(ops.product_rate(one.device, dtype) for _ in range(4))
+    return 4 * tokens * per_token / rate
 
 
 def check(one: Experiment, vocab_size: int | None, embedding_dim: int | None, tokens: int) -> None:

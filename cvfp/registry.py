@@ -98,8 +98,7 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
 
 
 def own(experiments: Iterable[Any]) -> bytes:
-    """What a worker is sent: the own parts that these Experiments name, with their sources; by
-    value, and so is what they use of modules that are not installed."""
+    """What a worker is sent, by value: own parts of Experiments, what they use, their sources."""
     named = {(k, str(getattr(one, k))) for one in experiments for k in KINDS if getattr(one, k)}
     parts = {(k, name): resolve(k, name) for k, name in sorted(named)}
     mine = {at: part for at, part in parts.items() if not is_built_in(part)}

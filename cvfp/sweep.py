@@ -15,7 +15,7 @@ from typing import Any
 import joblib
 import torch
 
-from cvfp import distributed, estimate, registry, store
+from cvfp import distributed, registry, store
 from cvfp.build import build
 from cvfp.config import Experiment, ParameterError, plain
 from cvfp.data import load
@@ -92,9 +92,7 @@ def _runs(
             made_of = one.settled(data.sizes), data.fingerprint, table.fingerprint
             key = store.key(*made_of)
             if (finish or jobs > 1) and store.read_run(key) is None:
-                size = estimate.products(
-                    one, data.vocab_size, table.weight.shape[1], len(data.train)
-                )
+                size = len(data.train) * one.num_layers * one.context_dim * table.weight.shape[1]
                 job = number, one, key, data, None if one.embedding == "random" else table
                 todo[number] = size, store.key(*made_of, phase1=True), job
         here = [(n, one) for n, one in enumerate(experiments) if n not in todo]
