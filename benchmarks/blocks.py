@@ -141,13 +141,16 @@ def headline(reports: Path) -> str:
     sizes = sorted({size for size, _ in lines})
     rows = [["change of perplexity", *(f"{size:,} conversations" for size in sizes)]]
     for question, begins in QUESTIONS.items():
+        if not any(line.startswith(begins) for _, line in lines):
+            raise ValueError(f"{begins!r}: no line of the readings begins so")
         cells = []
         for size in sizes:
             said = [line for at, line in lines if at == size and line.startswith(begins)]
-            found = CHANGE.search(said[0]) if said else None
-            if found is None:
+            if not said:
                 cells.append("–")
                 continue
+            if (found := CHANGE.search(said[0])) is None:
+                raise ValueError(f"{said[0]!r}: got no change; accepted: as CHANGE has it")
             change, between, seeds = found.groups()
             alone = "1 seed" in between or seeds is None
             cells.append(f"{change} (1 seed)" if alone else f"{change} ({between}; {seeds} seeds)")
@@ -155,7 +158,9 @@ def headline(reports: Path) -> str:
     counting = {at: one for at, line in lines if (one := COUNTING.search(line))}
     best = [f"{one[2]} ({one[1]})" for one in (counting[size] for size in sizes)]
     rows.append(["Lowest perplexity of what only counts", *best])
-    rows.append(["What passes that", *(counting[size][3] for size in sizes)])
+    # Names of kinds have commas of their own.
+    passes = ["; ".join(k for k in KINDS if k in counting[n][3]) or "none" for n in sizes]
+    rows.append(["What passes that, of the kinds that were run there", *passes])
     return table(rows).replace(" (-", " (−").replace("| -", "| −").replace("to -", "to −")
 
 

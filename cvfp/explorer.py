@@ -108,6 +108,7 @@ class Explorer:
             self.parts["status"].value = "A run is under way, here or in another explorer."
             return
         self.presses, self.parts["status"].value = 0, "Reading the corpus"
+        self.parts["start"].disabled = True
         self.thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
         self.thread.start()
 
@@ -126,7 +127,7 @@ class Explorer:
         except (Exception, KeyboardInterrupt) as error:  # a traceback would be shown nowhere
             words = f"{type(error).__name__}: {error}" if str(error) else "Stopped at once."
             self.parts["status"].value = PAGE.words(words)
-        self.parts["bar"].value = 0.0
+        self.parts["bar"].value, self.parts["start"].disabled = 0.0, False
 
     def _train(self, one: Experiment) -> None:
         self.live: Any = SimpleNamespace(experiment=one, dev_ppl=None, val_spectrum=[])
@@ -185,7 +186,7 @@ class Explorer:
 
     def proceed(self) -> None:
         """Add the likeliest token to the text, and read it anew."""
-        if self.result is not None:
+        if self.result is not None and self.result.phase2_history:
             tokenizer = data.load(self.result.experiment).tokenizer
             tokens = tokenizer.encode([self.parts["prompt"].value]).tokens
             following = log_probs(self.result, tokens)[-1].argmax()

@@ -114,7 +114,9 @@ class CVFPForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin
         return {**kwargs, "input_ids": input_ids[:, -1:] if state else input_ids, "state": state}
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        if transformers.__version__ < "5":  # which would leave states behind when beams change
+        if (
+            int(transformers.__version__.partition(".")[0]) < 5
+        ):  # which would leave states behind when beams change
             kwargs["use_cache"] = False
         return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 

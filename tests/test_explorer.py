@@ -76,7 +76,9 @@ def test_a_run_moves_its_figure_and_ends_with_its_thread() -> None:
     one.parts["figure"].observe(lambda change: figures.append(change.new), "value")
     one.parts["status"].observe(lambda change: said.append(change.new), "value")
     one.parts["start"].click()
+    assert one.parts["start"].disabled  # one run at a time
     assert isinstance(ended(one).result, cvfp.Result)
+    assert not one.parts["start"].disabled
     assert set(threading.enumerate()) == before  # tqdm's monitor neither
     assert len(figures) >= 2
     assert all(re.fullmatch(r"(<img alt=\"[^\"]+\" width=[^>]+>)+", one) for one in figures)
@@ -174,6 +176,14 @@ def test_an_error_is_shown_and_nothing_lost(done: Explorer) -> None:
     done.parts["preset"].value = "note002"
     done.parts["preset"].value = explorer.AS_GIVEN
     assert done.chosen() == done.given
+
+
+def test_a_run_without_phase_2_writes_no_text(tiny: cvfp.Experiment) -> None:
+    one = Explorer().open(tiny, "Hello")
+    one.result = cvfp.run(tiny, watch=lambda row: row["iteration"] == 2)
+    assert one.result.partial
+    one.proceed()
+    assert one.parts["prompt"].value == "Hello"
 
 
 # Controls

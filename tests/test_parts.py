@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import re
 import sys
 import textwrap
 import types
@@ -362,3 +363,19 @@ def test_a_sweep_ships_the_parts_of_a_notebook() -> None:
     alone = cvfp.sweep(one, seed=[0, 1])
     assert all(result.from_store for result in alone)
     assert [r.val_ppl for r in alone] == [r.val_ppl for r in together]
+
+
+@pytest.mark.parametrize(("page", "name"), [("README.md", "closer"), ("docs/design.md", "recite")])
+def test_what_the_pages_show_runs(
+    page: str, name: str, write: Write, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objective and the run of it, as they are printed there; on a smaller corpus."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    at = next(i for i, block in enumerate(blocks) if f'objective("{name}")' in block)
+    shown = blocks[at] if "cvfp.run(" in blocks[at] else blocks[at] + blocks[at + 1]
+    small = staticmethod(lambda preset, samples, **fields: tiny.replace(**fields))
+    monkeypatch.setattr(Experiment, "preset", small)
+    result = write(f"import cvfp\n{shown}", name="shown").result
+    assert result.experiment.objective == name
+    assert result.val_ppl is not None
