@@ -178,9 +178,9 @@ def test_an_error_is_shown_and_nothing_lost(done: Explorer) -> None:
     assert done.chosen() == done.given
 
 
-def test_a_run_without_phase_2_writes_no_text(tiny: cvfp.Experiment) -> None:
-    one = Explorer().open(tiny, "Hello")
-    one.result = cvfp.run(tiny, watch=lambda row: row["iteration"] == 2)
+def test_a_run_without_phase_2_writes_no_text(home: Path) -> None:
+    one = Explorer().open(tiny_experiment(), "Hello")
+    one.result = cvfp.run(one.given, watch=lambda row: row["iteration"] == 2)
     assert one.result.partial
     one.proceed()
     assert one.parts["prompt"].value == "Hello"
